@@ -141,7 +141,7 @@ static fqla__layout fqla__layout_of(const fqla_plan *plan, int32_t decode_tokens
     l.tensor_alignment = cuda ? 16 : l.element;
     l.state_alignment = cuda ? 16 : fqla__dtype_size(d->state_dtype);
     l.state = fqla__state_elements(d) * d->heads_v * fqla__dtype_size(d->state_dtype);
-    l.rows = decode_tokens > 0 ? (int64_t)plan->num_seqs * decode_tokens : d->max_tokens;
+    l.rows = decode_tokens > 0 ? (int64_t)d->max_seqs * decode_tokens : d->max_tokens;
     return l;
 }
 
@@ -154,7 +154,7 @@ static fqla_status fqla__check_run(const fqla__run *run, const char *function) {
     const bool raw = d->gate == FQLA_GATE_RAW, pool = d->pool_size > 0;
     const int in = FQLA__INPUT, out = FQLA__OUTPUT, required = FQLA__REQUIRED, with_pool = pool ? required : 0;
     const int64_t states = pool ? d->pool_size : plan->num_seqs, indices = (int64_t)plan->num_seqs * 4;
-    const int64_t snapshots = run->decode_tokens > 0 ? l.rows : plan->cu_checkpoints[plan->num_seqs];
+    const int64_t snapshots = run->decode_tokens > 0 ? (int64_t)plan->num_seqs * run->decode_tokens : plan->cu_checkpoints[plan->num_seqs];
     const char *snapshots_name = run->decode_tokens > 0 ? "states" : "checkpoints";
     fqla__tensor t[16];
     int count = 0;
