@@ -19,6 +19,7 @@
 #include "objects.h"
 #include "cpu_convert.h"
 #include "cpu_gates.h"
+#include "cpu_step.h"
 #include "cpu_forward.h"
 #include "cpu_backward.h"
 #ifndef FLASHQLA_NO_CUDA
