@@ -210,7 +210,8 @@ int main(int argc, char **argv) {
         if (!rolled_back) memcpy(first_time[tick - SNAPSHOT_TICK], seen.o, sizeof first_time[0]);
         else same = same && memcmp(first_time[tick - SNAPSHOT_TICK], seen.o, sizeof first_time[0]) == 0;
     }
-    printf("rolled back from tick %d to %d and lived on: %s\n", ROLLBACK_TICK, SNAPSHOT_TICK, same ? "the same bits" : "OTHER BITS");
+    printf("rolled back from tick %d to %d and lived on: %s\n", ROLLBACK_TICK, SNAPSHOT_TICK,
+           same ? "the same bits" : "OTHER BITS");
 
     qsort(tick_us, TICKS, sizeof tick_us[0], by_value);
     printf("a tick of all agents, copies in and out included: median %.0f us, worst %.0f us of %d\n", tick_us[TICKS / 2],

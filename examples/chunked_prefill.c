@@ -73,8 +73,8 @@ static void prefill(fqla_context *context, const prompt *in, int32_t piece, resu
     const int32_t cu_piece[2] = { 0, piece };
     const size_t rows = (size_t)piece;
     fqla_plan *plan;
-    must(fqla_plan_create(context, &(fqla_plan_desc){ .heads_qk = HEADS_QK, .heads_v = HEADS_V, .num_seqs = 1, .cu_seqlens = cu_piece,
-                                                      .l2norm = 1 }, &plan));
+    must(fqla_plan_create(context, &(fqla_plan_desc){ .heads_qk = HEADS_QK, .heads_v = HEADS_V, .num_seqs = 1,
+                                                      .cu_seqlens = cu_piece, .l2norm = 1 }, &plan));
     void *q = allocate(context, rows * sizeof in->q[0]), *k = allocate(context, rows * sizeof in->k[0]);
     void *v = allocate(context, rows * sizeof in->v[0]), *o = allocate(context, rows * sizeof out->o[0]);
     void *g = allocate(context, rows * sizeof in->g[0]), *beta = allocate(context, rows * sizeof in->beta[0]);

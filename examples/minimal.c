@@ -41,8 +41,8 @@ int main(void) {
 
     fqla_plan *plan; /* one sequence of T tokens; made once, run for every layer and every batch of this shape */
     const int32_t cu_seqlens[2] = { 0, T };
-    must(fqla_plan_create(context, &(fqla_plan_desc){ .heads_qk = 1, .heads_v = 1, .num_seqs = 1, .cu_seqlens = cu_seqlens, .scale = 1 },
-                          &plan));
+    must(fqla_plan_create(context, &(fqla_plan_desc){ .heads_qk = 1, .heads_v = 1, .num_seqs = 1, .cu_seqlens = cu_seqlens,
+                                                      .scale = 1 }, &plan));
 
     void *memory; /* the GPU's memory, or the host's on the CPU: the same program runs on both */
     must(fqla_alloc(context, sizeof host, &memory));
@@ -51,7 +51,8 @@ int main(void) {
     must(fqla_forward(plan, &(fqla_forward_args){ .q = x->q, .k = x->k, .v = x->v, .g = x->g, .beta = x->beta, .o = x->o }, NULL));
     must(fqla_download(context, host.o, x->o, sizeof host.o, NULL)); /* waits for the forward */
 
-    for (int t = 0; t < T; t++) printf("wrote %d under key %d; key 0 holds %g\n", t + 1, t % 3, (double)from_bf16(host.o[t][0]));
+    for (int t = 0; t < T; t++)
+        printf("wrote %d under key %d; key 0 holds %g\n", t + 1, t % 3, (double)from_bf16(host.o[t][0]));
 
     must(fqla_free(context, memory));
     fqla_plan_destroy(plan);
