@@ -1,29 +1,182 @@
 // >>cpu_pool: helper threads that take tasks 0 .. count - 1 of one job at a time
 
+/*
+    A caller posts a job, works on it together with the helpers that turn up, closes it when no task is left, and waits for
+    those helpers who are still at one. A helper that wakes later finds the job closed: nobody ever waits for a thread to wake.
+    After a job helpers look out for the next one for some microseconds before they sleep, which spares the calls of a
+    model's consecutive layers the wake-up.
+*/
+
 /* A task works on part `task` of a job; slot (0 .. num_threads - 1) is the thread's own piece of workspace. */
 typedef void (*fqla__task)(void *job, int64_t task, int32_t slot);
 
-typedef struct fqla__pool {
-    int32_t num_threads;
-} fqla__pool;
+typedef struct fqla__pool fqla__pool;
 
-/* Start num_threads - 1 helpers. On failure nothing runs. */
-static fqla_status fqla__pool_start(fqla__pool *pool, const fqla_context_desc *desc, int32_t num_threads) {
-    (void)desc;
-    pool->num_threads = num_threads;
-    return FQLA_OK;
+typedef struct fqla__helper {
+    fqla__pool *pool;
+    int32_t slot; /* 1 .. num_threads - 1; slot 0 is the caller's */
+    fqla__thread thread;
+} fqla__helper;
+
+struct fqla__pool {
+    int32_t num_threads;
+    int32_t spins;         /* looks at a counter before a thread sleeps; 0 where threads outnumber cores */
+    fqla__helper *helpers; /* [num_threads - 1]; NULL without any */
+    fqla__mutex busy;      /* held by the caller whose job it is */
+    fqla__mutex counting;  /* guards the counters where the compiler has no atomics */
+    int64_t next;          /* counter: the first task that nobody has taken */
+    int64_t jobs;          /* counter: jobs posted so far; changed under the mutex */
+    int64_t active;        /* counter: helpers at work; changed under the mutex */
+    fqla__mutex mutex;     /* guards the rest */
+    fqla__condition posted, finished;
+    int32_t sleeping;      /* helpers that wait for `posted` */
+    bool open, stop;
+    fqla__task task;
+    void *job;
+    int64_t count;
+};
+
+/* Add to a counter, which may be shared; the value before. */
+static int64_t fqla__counter_add(fqla__pool *pool, int64_t *counter, int64_t change) {
+#if defined(__GNUC__) && !defined(__TINYC__)
+    (void)pool;
+    return __atomic_fetch_add(counter, change, __ATOMIC_ACQ_REL);
+#else
+    int64_t value;
+    fqla__mutex_lock(&pool->counting);
+    value = *counter;
+    *counter += change;
+    fqla__mutex_unlock(&pool->counting);
+    return value;
+#endif
 }
 
-/* Stop and join them. Also right for a pool of zeros that never started. */
-static void fqla__pool_stop(fqla__pool *pool, const fqla_context_desc *desc) {
+static int64_t fqla__counter_get(fqla__pool *pool, int64_t *counter) {
+#if defined(__GNUC__) && !defined(__TINYC__)
     (void)pool;
-    (void)desc;
+    return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+#else
+    return fqla__counter_add(pool, counter, 0);
+#endif
+}
+
+static void fqla__pause(void) {
+#if FLASHQLA__X86
+    _mm_pause();
+#endif
+}
+
+static void fqla__pool_work(fqla__pool *pool, fqla__task task, void *job, int64_t count, int32_t slot) {
+    int64_t i;
+    while ((i = fqla__counter_add(pool, &pool->next, 1)) < count) task(job, i, slot);
+}
+
+static FLASHQLA__THREAD_RETURN fqla__helper_main(void *argument) {
+    const fqla__helper *helper = (const fqla__helper *)argument;
+    fqla__pool *pool = helper->pool;
+    int64_t seen = 0; /* jobs that this helper knows of */
+    int32_t spin;
+    for (;;) {
+        fqla__task task;
+        void *job;
+        int64_t count;
+        bool open;
+        for (spin = 0; spin < pool->spins && fqla__counter_get(pool, &pool->jobs) == seen; spin++) fqla__pause();
+        fqla__mutex_lock(&pool->mutex);
+        while (!pool->stop && fqla__counter_get(pool, &pool->jobs) == seen) {
+            pool->sleeping++;
+            fqla__condition_wait(&pool->posted, &pool->mutex);
+            pool->sleeping--;
+        }
+        if (pool->stop) break;
+        seen = fqla__counter_get(pool, &pool->jobs);
+        task = pool->task, job = pool->job, count = pool->count;
+        open = pool->open;
+        if (open) fqla__counter_add(pool, &pool->active, 1);
+        fqla__mutex_unlock(&pool->mutex);
+        if (!open) continue;
+
+        fqla__pool_work(pool, task, job, count, helper->slot);
+        fqla__mutex_lock(&pool->mutex);
+        if (fqla__counter_add(pool, &pool->active, -1) == 1) fqla__condition_signal_all(&pool->finished);
+        fqla__mutex_unlock(&pool->mutex);
+    }
+    fqla__mutex_unlock(&pool->mutex);
+    return 0;
+}
+
+/* Stop and join the helpers. Also right for a pool of zeros that never started. */
+static void fqla__pool_stop(fqla__pool *pool, const fqla_context_desc *desc) {
+    int32_t i;
+    if (pool->helpers == NULL) return;
+    fqla__mutex_lock(&pool->mutex);
+    pool->stop = true;
+    fqla__mutex_unlock(&pool->mutex);
+    fqla__condition_signal_all(&pool->posted);
+    for (i = 0; i < pool->num_threads - 1; i++) fqla__thread_join(pool->helpers[i].thread);
+    fqla__condition_destroy(&pool->finished);
+    fqla__condition_destroy(&pool->posted);
+    fqla__mutex_destroy(&pool->mutex);
+    fqla__mutex_destroy(&pool->counting);
+    fqla__mutex_destroy(&pool->busy);
+    fqla__host_free(desc, pool->helpers);
+    pool->helpers = NULL;
+}
+
+/* Start num_threads - 1 helpers. pool: zeros. On failure nothing runs. */
+static fqla_status fqla__pool_start(fqla__pool *pool, const fqla_context_desc *desc, int32_t num_threads) {
+    int32_t i;
+    pool->num_threads = num_threads;
+    if (num_threads == 1) return FQLA_OK;
+    pool->helpers = (fqla__helper *)fqla__host_alloc_zeroed(desc, (size_t)(num_threads - 1) * sizeof *pool->helpers);
+    if (pool->helpers == NULL)
+        return fqla__fail(desc, FQLA_ERROR_OUT_OF_MEMORY, "no memory for %d helper threads", (int)num_threads - 1);
+    pool->spins = num_threads <= fqla__core_count() ? 1000 : 0;
+    fqla__mutex_init(&pool->busy);
+    fqla__mutex_init(&pool->counting);
+    fqla__mutex_init(&pool->mutex);
+    fqla__condition_init(&pool->posted);
+    fqla__condition_init(&pool->finished);
+    for (i = 0; i < num_threads - 1; i++) {
+        fqla__helper *helper = &pool->helpers[i];
+        helper->pool = pool;
+        helper->slot = i + 1;
+        if (!fqla__thread_start(&helper->thread, fqla__helper_main, helper)) {
+            pool->num_threads = i + 1; /* those that did start */
+            fqla__pool_stop(pool, desc);
+            return fqla__fail(desc, FQLA_ERROR_THREAD, "helper thread %d of %d could not be started", (int)i + 1,
+                              (int)num_threads - 1);
+        }
+    }
+    return FQLA_OK;
 }
 
 /* Run all tasks of a job and return when the last is done. Which thread takes a task is open; a caller who finds the helpers
    busy with another caller's job works alone, in slot 0. */
 static void fqla__pool_run(fqla__pool *pool, fqla__task task, void *job, int64_t count) {
     int64_t i;
-    (void)pool;
-    for (i = 0; i < count; i++) task(job, i, 0);
+    int32_t spin;
+    bool wake;
+    if (pool->num_threads == 1 || count <= 1 || !fqla__mutex_try_lock(&pool->busy)) {
+        for (i = 0; i < count; i++) task(job, i, 0);
+        return;
+    }
+    fqla__mutex_lock(&pool->mutex);
+    pool->task = task, pool->job = job, pool->count = count;
+    pool->open = true;
+    pool->next = 0; /* plain: whoever takes from it has held the mutex since */
+    fqla__counter_add(pool, &pool->jobs, 1);
+    wake = pool->sleeping > 0;
+    fqla__mutex_unlock(&pool->mutex);
+    if (wake) fqla__condition_signal_all(&pool->posted);
+
+    fqla__pool_work(pool, task, job, count, 0);
+    fqla__mutex_lock(&pool->mutex);
+    pool->open = false;
+    fqla__mutex_unlock(&pool->mutex);
+    for (spin = 0; spin < pool->spins && fqla__counter_get(pool, &pool->active) > 0; spin++) fqla__pause();
+    fqla__mutex_lock(&pool->mutex);
+    while (fqla__counter_get(pool, &pool->active) > 0) fqla__condition_wait(&pool->finished, &pool->mutex);
+    fqla__mutex_unlock(&pool->mutex);
+    fqla__mutex_unlock(&pool->busy);
 }
