@@ -21,6 +21,7 @@
 #include "cpu_gates.h"
 #include "cpu_step.h"
 #include "cpu_forward.h"
+#include "cpu_matmul.h"
 #include "cpu_backward.h"
 #ifndef FLASHQLA_NO_CUDA
 #include "cuda_device.h"
