@@ -1,0 +1,39 @@
+/* All suites in one program, on one backend: build/tests/suite [--backend cpu|cuda] [--cpu-level plain|avx2|avx512] [greatest's options] */
+#include "case.h"
+#include "greatest.h"
+
+SUITE_EXTERN(forward);
+
+GREATEST_MAIN_DEFS();
+
+/* Take `--name value` out of argv; NULL where it is not there. */
+static const char *take_option(int *argc, char **argv, const char *name) {
+    const char *value;
+    int i;
+    for (i = 1; i + 1 < *argc && strcmp(argv[i], name) != 0; i++) continue;
+    if (i + 1 >= *argc) return NULL;
+    value = argv[i + 1];
+    for (*argc -= 2; i < *argc; i++) argv[i] = argv[i + 2];
+    return value;
+}
+
+/* A value's place in a list that ends with NULL; a word on stderr and exit status 2 where it has none. */
+static int choose(const char *option, const char *value, const char *const *list) {
+    int i;
+    for (i = 0; list[i] != NULL; i++)
+        if (strcmp(value, list[i]) == 0) return i;
+    fprintf(stderr, "%s does not take '%s'\n", option, value);
+    exit(2);
+}
+
+int main(int argc, char **argv) {
+    static const char *const backends[] = { "auto", "cpu", "cuda", NULL }, *const levels[] = { "auto", "plain", "avx2", "avx512", NULL };
+    const char *backend = take_option(&argc, argv, "--backend"), *level = take_option(&argc, argv, "--cpu-level");
+    if (backend != NULL) test_backend = (fqla_backend)choose("--backend", backend, backends);
+    if (level != NULL) test_cpu_level = (fqla_cpu_level)choose("--cpu-level", level, levels);
+    GREATEST_MAIN_BEGIN();
+    RUN_SUITE(forward);
+    test_shared_close();
+    case_print_worst();
+    GREATEST_MAIN_END();
+}
