@@ -60,8 +60,9 @@ as_root() {
     if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
 }
 
+# quietly COMMAND...: as root, its output shown where it fails
 quietly() {
-    "$@" >"$log" 2>&1 </dev/null || {
+    as_root "$@" >"$log" 2>&1 </dev/null || {
         tail -n 20 "$log" >&2
         die "'$*' failed; the whole output is in $log"
     }
@@ -76,9 +77,9 @@ provide() {
         "hand (dnf: gcc ninja-build cjson-devel; pacman: gcc ninja cjson; brew: ninja cjson) and run it again"
     [ "$(id -u)" -eq 0 ] || has_program sudo || die "missing:$missing. Installing needs root: become root, or install them and run it again"
     say "installing$missing"
-    quietly as_root apt-get update
+    quietly apt-get update
     # shellcheck disable=SC2086 # a list of names
-    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing
+    quietly env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing
     missing=
     for function in "$@"; do "$function"; done
     [ -z "$missing" ] || die "still missing after the installation:$missing"
