@@ -1,5 +1,9 @@
 // >>cuda_params: what the host hands to a kernel, and what a plan keeps on the device.
-// Kernel sources in ptx/ include this file too: plain C, without any other header's types.
+// Kernel sources in ptx/ include this file too.
+#ifndef FLASHQLA__CUDA_PARAMS_H
+#define FLASHQLA__CUDA_PARAMS_H
+
+#include <stdint.h>
 
 /* A CUtensorMap; at 64-byte alignment on both sides. */
 typedef struct fqla__tensor_map {
@@ -20,7 +24,7 @@ enum {
     FQLA__STORE_COLUMNS = 16     /* columns of the box of o: a warp's 32 bytes, CU_TENSOR_MAP_SWIZZLE_32B */
 };
 
-/* Kernel forward_bf16 or forward_fp16 (by plan dtype), grid (heads_v, max_seqs), block FQLA__FORWARD_THREADS; by value.
+/* Kernel forward_bf16 or forward_fp16 (by plan dtype), grid (heads_v * max_seqs), sequence by sequence, block FQLA__FORWARD_THREADS; by value.
    The tensor maps have three dimensions, innermost first: 128 elements, the heads (stride head), the rows (stride token).
    Boxes: q, k, v 64 x 1 x 64; o 16 x 1 x 64. Rows: max_tokens, or max_seqs for a decode. */
 typedef struct fqla__forward_params {
@@ -48,3 +52,5 @@ typedef struct fqla__forward_params {
 
 /* 4 maps of 128 bytes, 12 pointers, 6 strides, 13 words and the padding: the same on both sides */
 typedef char fqla__forward_params_is_768_bytes[sizeof(fqla__forward_params) == 768 ? 1 : -1];
+
+#endif
