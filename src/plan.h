@@ -27,7 +27,8 @@ static fqla_status fqla__resolve_strides(const fqla_context_desc *log, const cha
         if (!fqla__mul(heads, strides->head, &strides->token)) goto too_large;
     }
     if (!fqla__mul(heads - 1, strides->head, &head_span) || !fqla__mul(rows > 0 ? rows - 1 : 0, strides->token, &token_span) ||
-        !fqla__add(head_span, token_span, &last) || !fqla__add(last, dim, &last) || !fqla__mul(last, element_size, &last))
+        !fqla__add(head_span, token_span, &last) || !fqla__add(last, dim, &last) || !fqla__mul(last, element_size, &last) ||
+        !fqla__mul(strides->token, element_size, &last) || !fqla__mul(strides->head, element_size, &last)) /* of one row or head too */
         goto too_large;
     /* heads inside a token's row, or tokens inside a head's plane */
     if (!((heads == 1 || strides->head >= dim) && (rows <= 1 || strides->token >= head_span + dim)) &&

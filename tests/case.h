@@ -107,7 +107,7 @@ void case_download(test_case *c);
 /* Compare with the oracle what the last run wrote: NULL, or what is wrong with it. */
 const char *case_compare(test_case *c);
 const char *case_compare_backward(test_case *c);
-/* No byte of any buffer changed: NULL, or which did. */
+/* No byte of any buffer but the workspace changed: NULL, or which did. */
 const char *case_untouched(const test_case *c);
 
 /* Elements, row by the tensor's rows (sequence, slot or entry for states; 0 for A_log and dt_bias). */

@@ -67,16 +67,15 @@ fqla_context *test_shared(void) {
     return shared;
 }
 
-void test_shared_close(void) {
+const char *test_shared_close(void) {
+    static char wrong[600];
     if (shared != NULL && fqla_context_destroy(shared) != FQLA_OK) {
-        fprintf(stderr, "the shared context cannot be destroyed: %s\n", test_shared_host.message);
-        exit(EXIT_FAILURE);
-    }
-    if (atomic_load(&test_shared_host.live) != 0) {
-        fprintf(stderr, "%ld blocks leaked in the shared context\n", atomic_load(&test_shared_host.live));
-        exit(EXIT_FAILURE);
+        snprintf(wrong, sizeof wrong, "the shared context is not destroyed: %s", test_shared_host.message);
+        return wrong;
     }
     shared = NULL;
+    snprintf(wrong, sizeof wrong, "%ld blocks of the shared context leaked", atomic_load(&test_shared_host.live));
+    return atomic_load(&test_shared_host.live) != 0 ? wrong : NULL;
 }
 
 const char *test_refusal(test_host *host, fqla_status expected, fqla_status status, const char *field, const char *value) {

@@ -26,10 +26,17 @@ fqla_context *test_open(test_host *host, int32_t num_threads);
 /* The one context that most tests share, and its host. */
 extern test_host test_shared_host;
 fqla_context *test_shared(void);
-void test_shared_close(void);
+const char *test_shared_close(void); /* NULL, or what still lives */
 
 /* Did a call that returned `status` fail as expected: this status, a new sentence that names `field` and shows `value` (either may be
    NULL)? NULL, or what is wrong. Clears the host's count of errors. */
 const char *test_refusal(test_host *host, fqla_status expected, fqla_status status, const char *field, const char *value);
+
+/* In a test: a check that says nothing (NULL), or what is wrong. */
+#define ASSERT_SILENT(check)                                    \
+    do {                                                        \
+        const char *said_ = (check);                            \
+        ASSERTm(said_, said_ == NULL);                          \
+    } while (0)
 
 #endif

@@ -2,7 +2,18 @@
 #include "case.h"
 #include "greatest.h"
 
+SUITE_EXTERN(bad_input);
 SUITE_EXTERN(forward);
+SUITE_EXTERN(decode);
+SUITE_EXTERN(backward);
+
+/* After all others: what they shared is given back, to the last block. */
+TEST nothing_is_left(void) {
+    ASSERT_SILENT(test_shared_close());
+    PASS();
+}
+
+SUITE(closing) { RUN_TEST(nothing_is_left); }
 
 GREATEST_MAIN_DEFS();
 
@@ -32,8 +43,11 @@ int main(int argc, char **argv) {
     if (backend != NULL) test_backend = (fqla_backend)choose("--backend", backend, backends);
     if (level != NULL) test_cpu_level = (fqla_cpu_level)choose("--cpu-level", level, levels);
     GREATEST_MAIN_BEGIN();
+    RUN_SUITE(bad_input);
     RUN_SUITE(forward);
-    test_shared_close();
+    RUN_SUITE(decode);
+    RUN_SUITE(backward);
+    RUN_SUITE(closing);
     case_print_worst();
     GREATEST_MAIN_END();
 }
