@@ -307,7 +307,7 @@ static inline int greatest_same_string(const char *expected, const char *got, si
             GREATEST_FAILm(MSG);                                                                            \
         }                                                                                                   \
     } while (0)
-#define GREATEST_ASSERT_STR_EQm(MSG, EXP, GOT) GREATEST_ASSERTm(MSG, greatest_same_string(EXP, GOT, (size_t)-1))
+#define GREATEST_ASSERT_STR_EQm(MSG, EXP, GOT) GREATEST_ASSERTm(MSG, greatest_same_string(EXP, GOT, (size_t)-1 >> 1))
 #define GREATEST_ASSERT_STRN_EQm(MSG, EXP, GOT, SIZE) GREATEST_ASSERTm(MSG, greatest_same_string(EXP, GOT, SIZE))
 #define GREATEST_ASSERT_MEM_EQm(MSG, EXP, GOT, SIZE) GREATEST_ASSERTm(MSG, greatest_same_memory(EXP, GOT, SIZE))
 
