@@ -66,7 +66,8 @@ typedef struct __align__(1024) ForwardShared {
     uint32_t v_readers[V_SLOTS][STATE_WARPGROUPS];
 } ForwardShared;
 
-static_assert(sizeof(ForwardShared) <= 227 * 1024, "a block has 227 KB");
+static_assert(sizeof(ForwardShared) == FQLA__FORWARD_SHARED_BYTES, "what the host asks for");
+static_assert(sizeof(ForwardShared) <= 227 * 1024, "what a block can have");
 
 /* Counts warps modulo `count`; true for the last: all the others' reads are over. */
 static __device__ __forceinline__ bool last_reader(uint32_t *readers, uint32_t count) {

@@ -19,12 +19,14 @@ typedef struct fqla__device_sequence {
 
 enum {
     FQLA__FORWARD_THREADS = 384, /* two warpgroups that own 64 state columns each, one that prepares */
+    FQLA__FORWARD_SHARED_BYTES = 207872, /* dynamic shared memory: ForwardShared in ptx/forward_shared.h */
     FQLA__CHUNK_ROWS = 64,       /* rows of every tensor map's box */
     FQLA__LOAD_COLUMNS = 64,     /* columns of the boxes of q, k, v: 128 bytes, CU_TENSOR_MAP_SWIZZLE_128B */
     FQLA__STORE_COLUMNS = 16     /* columns of the box of o: a warp's 32 bytes, CU_TENSOR_MAP_SWIZZLE_32B */
 };
 
-/* Kernel forward_bf16 or forward_fp16 (by plan dtype), grid (heads_v * max_seqs), sequence by sequence, block FQLA__FORWARD_THREADS; by value.
+/* Kernel forward_bf16 or forward_fp16 (by plan dtype), grid (heads_v * max_seqs), sequence by sequence, block
+   FQLA__FORWARD_THREADS; by value.
    The tensor maps have three dimensions, innermost first: 128 elements, the heads (stride head), the rows (stride token).
    Boxes: q, k, v 64 x 1 x 64; o 16 x 1 x 64. Rows: max_tokens, or max_seqs for a decode. */
 typedef struct fqla__forward_params {

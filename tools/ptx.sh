@@ -2,8 +2,9 @@
 # ptx.sh SOURCE NAME DIR [-DMACRO...]: compile one variant of a kernel to DIR/NAME.cubin and DIR/NAME.fatbin (`ninja ptx` calls it).
 #
 # The cubin is what a current driver loads. The fatbin holds the PTX for a driver that refuses the cubin: at .version 8.0, the oldest
-# that assembles wgmma, and compressed without zstd, which drivers before 550 cannot read (a hint that 8.0 does not know is dropped). What ptxas says of either is an error where it
-# serialised the wgmma (C75..), spilled or made a stack frame. The same source gives the same bytes wherever it lies.
+# that assembles wgmma (a hint that only later versions know is dropped), and compressed without zstd, which drivers before 550 cannot
+# read. What ptxas says of either is an error where it serialised the wgmma (C75..), spilled or made a stack frame. The same source
+# gives the same bytes wherever it lies.
 set -eu
 PATH=$PATH:/usr/local/cuda/bin # where the toolkit installs itself
 source=$1 name=$2 dir=$3
