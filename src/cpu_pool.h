@@ -10,6 +10,8 @@
 /* A task works on part `task` of a job; slot (0 .. num_threads - 1) is the thread's own piece of workspace. */
 typedef void (*fqla__task)(void *job, int64_t task, int32_t slot);
 
+enum { FQLA__SPINS = 4000 }; /* 40 to 160 us */
+
 typedef struct fqla__pool fqla__pool;
 
 typedef struct fqla__helper {
@@ -131,7 +133,7 @@ static fqla_status fqla__pool_start(fqla__pool *pool, const fqla_context_desc *d
     pool->helpers = (fqla__helper *)fqla__host_alloc_zeroed(desc, (size_t)(num_threads - 1) * sizeof *pool->helpers);
     if (pool->helpers == NULL)
         return fqla__fail(desc, FQLA_ERROR_OUT_OF_MEMORY, "no memory for %d helper threads", (int)num_threads - 1);
-    pool->spins = num_threads <= fqla__core_count() ? 1000 : 0;
+    pool->spins = num_threads <= fqla__core_count() ? FQLA__SPINS : 0;
     fqla__mutex_init(&pool->busy);
     fqla__mutex_init(&pool->counting);
     fqla__mutex_init(&pool->mutex);

@@ -1,0 +1,308 @@
+// >>cpu_step_x86: the steps of cpu_step with AVX2 and with AVX-512
+
+#if FLASHQLA__X86
+#define FLASHQLA__TARGET_AVX512 __attribute__((target("avx512f")))
+
+/*
+    A step of 4 makes two passes over the block's state: the first sums S^T k_c and S^T q_c of all 4 tokens, the second updates S.
+    Arithmetic sets the pace: 8 + 5 operations a vector of state and tile, with 9 + 5 loads and 1 store (AVX2) or, with two
+    vectors to an operand, 5 + 3 loads. At D_k = D_v = 128 that is 1664 cycles a token with AVX-512 and 3328 with AVX2, two
+    operations a cycle; 2200 and .... were measured.
+*/
+
+/* 8 columns' u, times su, from the sums S^T k_c and S^T q_c; and their outputs. */
+FLASHQLA__TARGET_AVX2 static inline void fqla__solve_4_avx2(const fqla__tile *tile, const fqla__block *block, int32_t x, __m256 k0, __m256 k1,
+                                                     __m256 k2, __m256 k3, __m256 q0, __m256 q1, __m256 q2, __m256 q3, __m256 *u) {
+    const float *v = block->v.row + x;
+    float *o = block->o.row + x;
+    const int64_t vs = block->v.stride, os = block->o.stride;
+    __m256 u0, u1, u2, u3;
+    u0 = _mm256_mul_ps(_mm256_set1_ps(tile->uv[0]), _mm256_loadu_ps(v));
+    u1 = _mm256_mul_ps(_mm256_set1_ps(tile->uv[1]), _mm256_loadu_ps(v + vs));
+    u2 = _mm256_mul_ps(_mm256_set1_ps(tile->uv[2]), _mm256_loadu_ps(v + 2 * vs));
+    u3 = _mm256_mul_ps(_mm256_set1_ps(tile->uv[3]), _mm256_loadu_ps(v + 3 * vs));
+    u0 = _mm256_fmadd_ps(_mm256_set1_ps(tile->us[0]), k0, u0);
+    u1 = _mm256_fmadd_ps(_mm256_set1_ps(tile->us[1]), k1, u1);
+    u2 = _mm256_fmadd_ps(_mm256_set1_ps(tile->us[2]), k2, u2);
+    u3 = _mm256_fmadd_ps(_mm256_set1_ps(tile->us[3]), k3, u3);
+    u1 = _mm256_fmadd_ps(_mm256_set1_ps(tile->uu[1][0]), u0, u1);
+    u2 = _mm256_fmadd_ps(_mm256_set1_ps(tile->uu[2][0]), u0, u2);
+    u3 = _mm256_fmadd_ps(_mm256_set1_ps(tile->uu[3][0]), u0, u3);
+    u2 = _mm256_fmadd_ps(_mm256_set1_ps(tile->uu[2][1]), u1, u2);
+    u3 = _mm256_fmadd_ps(_mm256_set1_ps(tile->uu[3][1]), u1, u3);
+    u3 = _mm256_fmadd_ps(_mm256_set1_ps(tile->uu[3][2]), u2, u3);
+    u[0] = _mm256_mul_ps(_mm256_set1_ps(tile->su[0]), u0);
+    u[1] = _mm256_mul_ps(_mm256_set1_ps(tile->su[1]), u1);
+    u[2] = _mm256_mul_ps(_mm256_set1_ps(tile->su[2]), u2);
+    u[3] = _mm256_mul_ps(_mm256_set1_ps(tile->su[3]), u3);
+    q0 = _mm256_mul_ps(_mm256_set1_ps(tile->os[0]), q0);
+    q1 = _mm256_mul_ps(_mm256_set1_ps(tile->os[1]), q1);
+    q2 = _mm256_mul_ps(_mm256_set1_ps(tile->os[2]), q2);
+    q3 = _mm256_mul_ps(_mm256_set1_ps(tile->os[3]), q3);
+    q0 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[0][0]), u0, q0);
+    q1 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[1][0]), u0, q1);
+    q2 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[2][0]), u0, q2);
+    q3 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[3][0]), u0, q3);
+    q1 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[1][1]), u1, q1);
+    q2 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[2][1]), u1, q2);
+    q3 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[3][1]), u1, q3);
+    q2 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[2][2]), u2, q2);
+    q3 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[3][2]), u2, q3);
+    q3 = _mm256_fmadd_ps(_mm256_set1_ps(tile->ou[3][3]), u3, q3);
+    _mm256_storeu_ps(o, q0);
+    _mm256_storeu_ps(o + os, q1);
+    _mm256_storeu_ps(o + 2 * os, q2);
+    _mm256_storeu_ps(o + 3 * os, q3);
+}
+
+/* 8 columns at a time: 8 sums and an operand for each. */
+FLASHQLA__TARGET_AVX2 static void fqla__step_4_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+    const float *k0 = tile->k, *k1 = k0 + dim_k, *k2 = k1 + dim_k, *k3 = k2 + dim_k;
+    const float *q0 = tile->q, *q1 = q0 + dim_k, *q2 = q1 + dim_k, *q3 = q2 + dim_k;
+    const int64_t from_stride = block->from.stride, to_stride = block->to.stride;
+    const __m256 zero = _mm256_setzero_ps(), ss = _mm256_set1_ps(tile->ss);
+    int32_t i, x;
+    for (x = 0; x < FQLA__COLUMNS; x += 8) {
+        __m256 sk0 = zero, sk1 = zero, sk2 = zero, sk3 = zero, sq0 = zero, sq1 = zero, sq2 = zero, sq3 = zero, u[4];
+        const float *from = block->from.row + x;
+        float *to = block->to.row + x;
+        for (i = 0; i < dim_k; i++, from += from_stride) {
+            const __m256 s = _mm256_loadu_ps(from);
+            sk0 = _mm256_fmadd_ps(_mm256_set1_ps(k0[i]), s, sk0);
+            sk1 = _mm256_fmadd_ps(_mm256_set1_ps(k1[i]), s, sk1);
+            sk2 = _mm256_fmadd_ps(_mm256_set1_ps(k2[i]), s, sk2);
+            sk3 = _mm256_fmadd_ps(_mm256_set1_ps(k3[i]), s, sk3);
+            sq0 = _mm256_fmadd_ps(_mm256_set1_ps(q0[i]), s, sq0);
+            sq1 = _mm256_fmadd_ps(_mm256_set1_ps(q1[i]), s, sq1);
+            sq2 = _mm256_fmadd_ps(_mm256_set1_ps(q2[i]), s, sq2);
+            sq3 = _mm256_fmadd_ps(_mm256_set1_ps(q3[i]), s, sq3);
+        }
+        fqla__solve_4_avx2(tile, block, x, sk0, sk1, sk2, sk3, sq0, sq1, sq2, sq3, u);
+        {
+            const __m256 u0 = u[0], u1 = u[1], u2 = u[2], u3 = u[3];
+            from = block->from.row + x;
+            for (i = 0; i < dim_k; i++, from += from_stride, to += to_stride) {
+                __m256 s = _mm256_mul_ps(ss, _mm256_loadu_ps(from));
+                s = _mm256_fmadd_ps(_mm256_set1_ps(k0[i]), u0, s);
+                s = _mm256_fmadd_ps(_mm256_set1_ps(k1[i]), u1, s);
+                s = _mm256_fmadd_ps(_mm256_set1_ps(k2[i]), u2, s);
+                s = _mm256_fmadd_ps(_mm256_set1_ps(k3[i]), u3, s);
+                _mm256_storeu_ps(to, s);
+            }
+        }
+    }
+}
+
+/* All 32 columns at once. */
+FLASHQLA__TARGET_AVX2 static void fqla__step_1_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+    const float *k = tile->k, *q = tile->q, *v = block->v.row, *from = block->from.row;
+    float *o = block->o.row, *to = block->to.row;
+    const __m256 zero = _mm256_setzero_ps(), ss = _mm256_set1_ps(tile->ss);
+    const __m256 uv = _mm256_set1_ps(tile->uv[0]), us = _mm256_set1_ps(tile->us[0]);
+    const __m256 os = _mm256_set1_ps(tile->os[0]), ou = _mm256_set1_ps(tile->ou[0][0]);
+    __m256 ka = zero, kb = zero, kc = zero, kd = zero, qa = zero, qb = zero, qc = zero, qd = zero;
+    int32_t i;
+    for (i = 0; i < dim_k; i++, from += block->from.stride) {
+        const __m256 ki = _mm256_set1_ps(k[i]), qi = _mm256_set1_ps(q[i]);
+        __m256 s;
+        s = _mm256_loadu_ps(from), ka = _mm256_fmadd_ps(ki, s, ka), qa = _mm256_fmadd_ps(qi, s, qa);
+        s = _mm256_loadu_ps(from + 8), kb = _mm256_fmadd_ps(ki, s, kb), qb = _mm256_fmadd_ps(qi, s, qb);
+        s = _mm256_loadu_ps(from + 16), kc = _mm256_fmadd_ps(ki, s, kc), qc = _mm256_fmadd_ps(qi, s, qc);
+        s = _mm256_loadu_ps(from + 24), kd = _mm256_fmadd_ps(ki, s, kd), qd = _mm256_fmadd_ps(qi, s, qd);
+    }
+    ka = _mm256_fmadd_ps(us, ka, _mm256_mul_ps(uv, _mm256_loadu_ps(v))); /* from here on u */
+    kb = _mm256_fmadd_ps(us, kb, _mm256_mul_ps(uv, _mm256_loadu_ps(v + 8)));
+    kc = _mm256_fmadd_ps(us, kc, _mm256_mul_ps(uv, _mm256_loadu_ps(v + 16)));
+    kd = _mm256_fmadd_ps(us, kd, _mm256_mul_ps(uv, _mm256_loadu_ps(v + 24)));
+    _mm256_storeu_ps(o, _mm256_fmadd_ps(ou, ka, _mm256_mul_ps(os, qa)));
+    _mm256_storeu_ps(o + 8, _mm256_fmadd_ps(ou, kb, _mm256_mul_ps(os, qb)));
+    _mm256_storeu_ps(o + 16, _mm256_fmadd_ps(ou, kc, _mm256_mul_ps(os, qc)));
+    _mm256_storeu_ps(o + 24, _mm256_fmadd_ps(ou, kd, _mm256_mul_ps(os, qd)));
+    from = block->from.row;
+    for (i = 0; i < dim_k; i++, from += block->from.stride, to += block->to.stride) {
+        const __m256 ki = _mm256_set1_ps(k[i]);
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(ki, ka, _mm256_mul_ps(ss, _mm256_loadu_ps(from))));
+        _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(ki, kb, _mm256_mul_ps(ss, _mm256_loadu_ps(from + 8))));
+        _mm256_storeu_ps(to + 16, _mm256_fmadd_ps(ki, kc, _mm256_mul_ps(ss, _mm256_loadu_ps(from + 16))));
+        _mm256_storeu_ps(to + 24, _mm256_fmadd_ps(ki, kd, _mm256_mul_ps(ss, _mm256_loadu_ps(from + 24))));
+    }
+}
+
+/* The products of 4 tokens: 16 sums in two passes. */
+FLASHQLA__TARGET_AVX2 static void fqla__products_4_avx2(fqla__products *p, const fqla__tile *tile, int32_t dim_k) {
+    const float *k0 = tile->k, *k1 = k0 + dim_k, *k2 = k1 + dim_k, *k3 = k2 + dim_k;
+    const float *q0 = tile->q, *q1 = q0 + dim_k, *q2 = q1 + dim_k, *q3 = q2 + dim_k;
+    const __m256 zero = _mm256_setzero_ps();
+    __m256 k10 = zero, k20 = zero, k21 = zero, k30 = zero, k31 = zero, k32 = zero, q00 = zero, q10 = zero;
+    __m256 q11 = zero, q20 = zero, q21 = zero, q22 = zero, q30 = zero, q31 = zero, q32 = zero, q33 = zero;
+    float sums[16];
+    int32_t i;
+    for (i = 0; i < dim_k; i += 8) {
+        const __m256 a = _mm256_loadu_ps(k0 + i), b = _mm256_loadu_ps(k1 + i), c = _mm256_loadu_ps(k2 + i), d = _mm256_loadu_ps(k3 + i);
+        k10 = _mm256_fmadd_ps(b, a, k10);
+        k20 = _mm256_fmadd_ps(c, a, k20), k21 = _mm256_fmadd_ps(c, b, k21);
+        k30 = _mm256_fmadd_ps(d, a, k30), k31 = _mm256_fmadd_ps(d, b, k31), k32 = _mm256_fmadd_ps(d, c, k32);
+        q00 = _mm256_fmadd_ps(_mm256_loadu_ps(q0 + i), a, q00), q10 = _mm256_fmadd_ps(_mm256_loadu_ps(q1 + i), a, q10);
+    }
+    _mm256_storeu_ps(sums, fqla__sums_avx2(k10, k20, k21, k30, k31, k32, q00, q10));
+    for (i = 0; i < dim_k; i += 8) {
+        const __m256 a = _mm256_loadu_ps(k0 + i), b = _mm256_loadu_ps(k1 + i), c = _mm256_loadu_ps(k2 + i), d = _mm256_loadu_ps(k3 + i);
+        const __m256 e = _mm256_loadu_ps(q2 + i), f = _mm256_loadu_ps(q3 + i);
+        q11 = _mm256_fmadd_ps(_mm256_loadu_ps(q1 + i), b, q11);
+        q20 = _mm256_fmadd_ps(e, a, q20), q21 = _mm256_fmadd_ps(e, b, q21), q22 = _mm256_fmadd_ps(e, c, q22);
+        q30 = _mm256_fmadd_ps(f, a, q30), q31 = _mm256_fmadd_ps(f, b, q31), q32 = _mm256_fmadd_ps(f, c, q32);
+        q33 = _mm256_fmadd_ps(f, d, q33);
+    }
+    _mm256_storeu_ps(sums + 8, fqla__sums_avx2(q11, q20, q21, q22, q30, q31, q32, q33));
+    p->kk[1][0] = sums[0];
+    p->kk[2][0] = sums[1], p->kk[2][1] = sums[2];
+    p->kk[3][0] = sums[3], p->kk[3][1] = sums[4], p->kk[3][2] = sums[5];
+    p->qk[0][0] = sums[6];
+    p->qk[1][0] = sums[7], p->qk[1][1] = sums[8];
+    p->qk[2][0] = sums[9], p->qk[2][1] = sums[10], p->qk[2][2] = sums[11];
+    p->qk[3][0] = sums[12], p->qk[3][1] = sums[13], p->qk[3][2] = sums[14], p->qk[3][3] = sums[15];
+}
+
+/* 16 columns' u, times su, and their outputs. */
+FLASHQLA__TARGET_AVX512 static inline void fqla__solve_4_avx512(const fqla__tile *tile, const fqla__block *block, int32_t x, __m512 k0, __m512 k1,
+                                                         __m512 k2, __m512 k3, __m512 q0, __m512 q1, __m512 q2, __m512 q3, __m512 *u) {
+    const float *v = block->v.row + x;
+    float *o = block->o.row + x;
+    const int64_t vs = block->v.stride, os = block->o.stride;
+    __m512 u0, u1, u2, u3;
+    u0 = _mm512_mul_ps(_mm512_set1_ps(tile->uv[0]), _mm512_loadu_ps(v));
+    u1 = _mm512_mul_ps(_mm512_set1_ps(tile->uv[1]), _mm512_loadu_ps(v + vs));
+    u2 = _mm512_mul_ps(_mm512_set1_ps(tile->uv[2]), _mm512_loadu_ps(v + 2 * vs));
+    u3 = _mm512_mul_ps(_mm512_set1_ps(tile->uv[3]), _mm512_loadu_ps(v + 3 * vs));
+    u0 = _mm512_fmadd_ps(_mm512_set1_ps(tile->us[0]), k0, u0);
+    u1 = _mm512_fmadd_ps(_mm512_set1_ps(tile->us[1]), k1, u1);
+    u2 = _mm512_fmadd_ps(_mm512_set1_ps(tile->us[2]), k2, u2);
+    u3 = _mm512_fmadd_ps(_mm512_set1_ps(tile->us[3]), k3, u3);
+    u1 = _mm512_fmadd_ps(_mm512_set1_ps(tile->uu[1][0]), u0, u1);
+    u2 = _mm512_fmadd_ps(_mm512_set1_ps(tile->uu[2][0]), u0, u2);
+    u3 = _mm512_fmadd_ps(_mm512_set1_ps(tile->uu[3][0]), u0, u3);
+    u2 = _mm512_fmadd_ps(_mm512_set1_ps(tile->uu[2][1]), u1, u2);
+    u3 = _mm512_fmadd_ps(_mm512_set1_ps(tile->uu[3][1]), u1, u3);
+    u3 = _mm512_fmadd_ps(_mm512_set1_ps(tile->uu[3][2]), u2, u3);
+    u[0] = _mm512_mul_ps(_mm512_set1_ps(tile->su[0]), u0);
+    u[1] = _mm512_mul_ps(_mm512_set1_ps(tile->su[1]), u1);
+    u[2] = _mm512_mul_ps(_mm512_set1_ps(tile->su[2]), u2);
+    u[3] = _mm512_mul_ps(_mm512_set1_ps(tile->su[3]), u3);
+    q0 = _mm512_mul_ps(_mm512_set1_ps(tile->os[0]), q0);
+    q1 = _mm512_mul_ps(_mm512_set1_ps(tile->os[1]), q1);
+    q2 = _mm512_mul_ps(_mm512_set1_ps(tile->os[2]), q2);
+    q3 = _mm512_mul_ps(_mm512_set1_ps(tile->os[3]), q3);
+    q0 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[0][0]), u0, q0);
+    q1 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[1][0]), u0, q1);
+    q2 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[2][0]), u0, q2);
+    q3 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[3][0]), u0, q3);
+    q1 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[1][1]), u1, q1);
+    q2 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[2][1]), u1, q2);
+    q3 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[3][1]), u1, q3);
+    q2 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[2][2]), u2, q2);
+    q3 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[3][2]), u2, q3);
+    q3 = _mm512_fmadd_ps(_mm512_set1_ps(tile->ou[3][3]), u3, q3);
+    _mm512_storeu_ps(o, q0);
+    _mm512_storeu_ps(o + os, q1);
+    _mm512_storeu_ps(o + 2 * os, q2);
+    _mm512_storeu_ps(o + 3 * os, q3);
+}
+
+/* All 32 columns, vectors a and b: 16 sums, an operand for two. */
+FLASHQLA__TARGET_AVX512 static void fqla__step_4_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+    const float *k0 = tile->k, *k1 = k0 + dim_k, *k2 = k1 + dim_k, *k3 = k2 + dim_k;
+    const float *q0 = tile->q, *q1 = q0 + dim_k, *q2 = q1 + dim_k, *q3 = q2 + dim_k;
+    const float *from = block->from.row;
+    float *to = block->to.row;
+    const __m512 zero = _mm512_setzero_ps(), ss = _mm512_set1_ps(tile->ss);
+    __m512 k0a = zero, k1a = zero, k2a = zero, k3a = zero, q0a = zero, q1a = zero, q2a = zero, q3a = zero, ua[4];
+    __m512 k0b = zero, k1b = zero, k2b = zero, k3b = zero, q0b = zero, q1b = zero, q2b = zero, q3b = zero, ub[4];
+    int32_t i;
+    for (i = 0; i < dim_k; i++, from += block->from.stride) {
+        const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+        __m512 x;
+        x = _mm512_set1_ps(k0[i]), k0a = _mm512_fmadd_ps(x, a, k0a), k0b = _mm512_fmadd_ps(x, b, k0b);
+        x = _mm512_set1_ps(k1[i]), k1a = _mm512_fmadd_ps(x, a, k1a), k1b = _mm512_fmadd_ps(x, b, k1b);
+        x = _mm512_set1_ps(k2[i]), k2a = _mm512_fmadd_ps(x, a, k2a), k2b = _mm512_fmadd_ps(x, b, k2b);
+        x = _mm512_set1_ps(k3[i]), k3a = _mm512_fmadd_ps(x, a, k3a), k3b = _mm512_fmadd_ps(x, b, k3b);
+        x = _mm512_set1_ps(q0[i]), q0a = _mm512_fmadd_ps(x, a, q0a), q0b = _mm512_fmadd_ps(x, b, q0b);
+        x = _mm512_set1_ps(q1[i]), q1a = _mm512_fmadd_ps(x, a, q1a), q1b = _mm512_fmadd_ps(x, b, q1b);
+        x = _mm512_set1_ps(q2[i]), q2a = _mm512_fmadd_ps(x, a, q2a), q2b = _mm512_fmadd_ps(x, b, q2b);
+        x = _mm512_set1_ps(q3[i]), q3a = _mm512_fmadd_ps(x, a, q3a), q3b = _mm512_fmadd_ps(x, b, q3b);
+    }
+    fqla__solve_4_avx512(tile, block, 0, k0a, k1a, k2a, k3a, q0a, q1a, q2a, q3a, ua);
+    fqla__solve_4_avx512(tile, block, 16, k0b, k1b, k2b, k3b, q0b, q1b, q2b, q3b, ub);
+    {
+        const __m512 u0a = ua[0], u1a = ua[1], u2a = ua[2], u3a = ua[3], u0b = ub[0], u1b = ub[1], u2b = ub[2], u3b = ub[3];
+        from = block->from.row;
+        for (i = 0; i < dim_k; i++, from += block->from.stride, to += block->to.stride) {
+            __m512 a = _mm512_mul_ps(ss, _mm512_loadu_ps(from)), b = _mm512_mul_ps(ss, _mm512_loadu_ps(from + 16));
+            __m512 x;
+            x = _mm512_set1_ps(k0[i]), a = _mm512_fmadd_ps(x, u0a, a), b = _mm512_fmadd_ps(x, u0b, b);
+            x = _mm512_set1_ps(k1[i]), a = _mm512_fmadd_ps(x, u1a, a), b = _mm512_fmadd_ps(x, u1b, b);
+            x = _mm512_set1_ps(k2[i]), a = _mm512_fmadd_ps(x, u2a, a), b = _mm512_fmadd_ps(x, u2b, b);
+            x = _mm512_set1_ps(k3[i]), a = _mm512_fmadd_ps(x, u3a, a), b = _mm512_fmadd_ps(x, u3b, b);
+            _mm512_storeu_ps(to, a);
+            _mm512_storeu_ps(to + 16, b);
+        }
+    }
+}
+
+/* All 32 columns, vectors a and b; even and odd rows are summed apart, so that 8 sums are under way. */
+FLASHQLA__TARGET_AVX512 static void fqla__step_1_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+    const float *k = tile->k, *q = tile->q, *v = block->v.row, *from = block->from.row;
+    float *o = block->o.row, *to = block->to.row;
+    const int64_t from_stride = block->from.stride, to_stride = block->to.stride;
+    const __m512 zero = _mm512_setzero_ps(), ss = _mm512_set1_ps(tile->ss);
+    const __m512 uv = _mm512_set1_ps(tile->uv[0]), us = _mm512_set1_ps(tile->us[0]);
+    const __m512 os = _mm512_set1_ps(tile->os[0]), ou = _mm512_set1_ps(tile->ou[0][0]);
+    __m512 k0a = zero, k0b = zero, q0a = zero, q0b = zero, k1a = zero, k1b = zero, q1a = zero, q1b = zero, ua, ub, x, a, b;
+    int32_t i;
+    for (i = 0; i < dim_k; i += 2, from += 2 * from_stride) {
+        a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+        x = _mm512_set1_ps(k[i]), k0a = _mm512_fmadd_ps(x, a, k0a), k0b = _mm512_fmadd_ps(x, b, k0b);
+        x = _mm512_set1_ps(q[i]), q0a = _mm512_fmadd_ps(x, a, q0a), q0b = _mm512_fmadd_ps(x, b, q0b);
+        a = _mm512_loadu_ps(from + from_stride), b = _mm512_loadu_ps(from + from_stride + 16);
+        x = _mm512_set1_ps(k[i + 1]), k1a = _mm512_fmadd_ps(x, a, k1a), k1b = _mm512_fmadd_ps(x, b, k1b);
+        x = _mm512_set1_ps(q[i + 1]), q1a = _mm512_fmadd_ps(x, a, q1a), q1b = _mm512_fmadd_ps(x, b, q1b);
+    }
+    ua = _mm512_fmadd_ps(us, _mm512_add_ps(k0a, k1a), _mm512_mul_ps(uv, _mm512_loadu_ps(v)));
+    ub = _mm512_fmadd_ps(us, _mm512_add_ps(k0b, k1b), _mm512_mul_ps(uv, _mm512_loadu_ps(v + 16)));
+    _mm512_storeu_ps(o, _mm512_fmadd_ps(ou, ua, _mm512_mul_ps(os, _mm512_add_ps(q0a, q1a))));
+    _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(ou, ub, _mm512_mul_ps(os, _mm512_add_ps(q0b, q1b))));
+    from = block->from.row;
+    for (i = 0; i < dim_k; i++, from += from_stride, to += to_stride) {
+        x = _mm512_set1_ps(k[i]);
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(x, ua, _mm512_mul_ps(ss, _mm512_loadu_ps(from))));
+        _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(x, ub, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 16))));
+    }
+}
+#endif
+
+static void fqla__step(fqla_cpu_level level, const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+#if FLASHQLA__X86
+    if (level == FQLA_CPU_AVX512) {
+        if (tile->count == FQLA__TILE) fqla__step_4_avx512(tile, dim_k, block);
+        else fqla__step_1_avx512(tile, dim_k, block);
+        return;
+    }
+    if (level == FQLA_CPU_AVX2) {
+        if (tile->count == FQLA__TILE) fqla__step_4_avx2(tile, dim_k, block);
+        else fqla__step_1_avx2(tile, dim_k, block);
+        return;
+    }
+#endif
+    (void)level;
+    fqla__step_plain(tile, dim_k, block);
+}
+
+static void fqla__tile_products(fqla_cpu_level level, fqla__products *p, const fqla__tile *tile, int32_t dim_k) {
+#if FLASHQLA__X86
+    if (level >= FQLA_CPU_AVX2 && tile->count == FQLA__TILE) {
+        fqla__products_4_avx2(p, tile, dim_k);
+        return;
+    }
+#endif
+    (void)level;
+    fqla__products_plain(p, tile, dim_k);
+}
