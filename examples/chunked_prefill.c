@@ -1,8 +1,8 @@
 /* A long prompt fed in pieces. The state of all tokens so far, 64 KB a head whatever the length, is all that one piece needs
    of the earlier ones, so the buffers hold one piece and not the prompt, and other work fits between two pieces.
 
-   The prompt is run in one call, then in pieces of several sizes; the outputs are compared. On the CPU they are the same bits.
-   On a GPU, which works in chunks of 64 tokens, they are where pieces are multiples of 64; else they agree to its rounding.
+   The prompt is run in one call, then in pieces of several sizes; the outputs are compared. Where the pieces are multiples of 64
+   tokens, the chunk of the kernels, they are the same bits; other cuts agree to rounding.
 
         cc -O2 chunked_prefill.c -ldl -lpthread -lm && ./a.out [--backend auto|cpu|cuda]              (on Windows no -ldl) */
 #include <math.h>
