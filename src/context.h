@@ -120,7 +120,8 @@ FLASHQLA_API fqla_status fqla_free(fqla_context *context, void *pointer) {
     if (pointer == NULL) return FQLA_OK;
     if (context->desc.backend == FQLA_BACKEND_CUDA) status = fqla__cuda_free(context, pointer);
     else fqla__host_free(&context->desc, pointer);
-    if (status == FQLA_OK) fqla__context_count(context, -1);
+    /* freed, or gone with a CUDA context that failed; but not where it was none of ours, or while a stream is being captured */
+    if (status != FQLA_ERROR_INVALID_VALUE && status != FQLA_ERROR_CAPTURING) fqla__context_count(context, -1);
     return status;
 }
 

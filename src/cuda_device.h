@@ -39,6 +39,13 @@ static fqla_status fqla__cuda_enter(const fqla_context *context, const char *fun
     return fqla__cuda_check(context, function, "cuCtxPushCurrent", cuda->driver.cuCtxPushCurrent_v2(cuda->context));
 }
 
+/* The same to end something: where it fails, the CUDA context has ended before and took everything along. */
+static bool fqla__cuda_enter_to_end(const fqla_context *context) {
+    const fqla__cuda_result result = context->cuda.driver.cuCtxPushCurrent_v2(context->cuda.context);
+    fqla__cuda_note(context, "cuCtxPushCurrent", result);
+    return result == FQLA__CUDA_SUCCESS;
+}
+
 static void fqla__cuda_leave(const fqla_context *context) {
     fqla_cuda_context popped;
     fqla__cuda_note(context, "cuCtxPopCurrent", context->cuda.driver.cuCtxPopCurrent_v2(&popped));
@@ -111,7 +118,8 @@ static fqla_status fqla__cuda_load_kernels(fqla_context *context) {
     status = fqla__cuda_load_form(context, true);
     if (status == FQLA_OK || status == FQLA_ERROR_OUT_OF_MEMORY) return status;
     snprintf(refusal, sizeof refusal, "%s", why);
-    snprintf(why, sizeof refusal, "the driver (CUDA %d.%d) refuses the kernels: %.200s", version / 1000, version % 1000 / 10, refusal);
+    snprintf(why, sizeof refusal, "the driver (CUDA %d.%d) refuses the kernels: %.200s", version / 1000, version % 1000 / 10,
+             refusal);
     return FQLA_ERROR_NO_CUDA;
 }
 
@@ -135,46 +143,47 @@ static fqla_status fqla__cuda_find_device(fqla_context *context) {
     if (status != FQLA_OK) return status;
     if (context->desc.device >= count) {
         snprintf(context->summary.cuda_status, sizeof context->summary.cuda_status,
-                 "context_desc.device is %d; the CUDA driver has %d device%s", (int)context->desc.device, count, count == 1 ? "" : "s");
+                 "context_desc.device is %d; the CUDA driver has %d device%s", (int)context->desc.device, count,
+                 count == 1 ? "" : "s");
         return FQLA_ERROR_NO_CUDA;
     }
     return fqla__cuda_check_open(context, "cuDeviceGet", driver->cuDeviceGet(&cuda->device, (int)context->desc.device));
 }
 
+static fqla_status fqla__cuda_attribute(fqla_context *context, int attribute, int *value) {
+    return fqla__cuda_check_open(context, "cuDeviceGetAttribute",
+                                 context->cuda.driver.cuDeviceGetAttribute(value, attribute, context->cuda.device));
+}
+
 /* Its name, size and compute capability, which must be 9.0: sm_90a code runs on no other. */
 static fqla_status fqla__cuda_examine_device(fqla_context *context) {
-    const fqla__cuda_driver *driver = &context->cuda.driver;
-    const fqla__cuda_ordinal device = context->cuda.device;
+    const fqla__cuda_device *cuda = &context->cuda;
     fqla_context_summary *summary = &context->summary;
+    char *name = summary->device_name;
     int major = 0, minor = 0, sm_count = 0;
-    fqla_status status;
-    if ((status = fqla__cuda_check_open(context, "cuDeviceGetName",
-                                        driver->cuDeviceGetName(summary->device_name, (int)sizeof summary->device_name, device))) != FQLA_OK ||
-        (status = fqla__cuda_check_open(context, "cuDeviceGetAttribute",
-                                        driver->cuDeviceGetAttribute(&major, FQLA__CUDA_COMPUTE_CAPABILITY_MAJOR, device))) != FQLA_OK ||
-        (status = fqla__cuda_check_open(context, "cuDeviceGetAttribute",
-                                        driver->cuDeviceGetAttribute(&minor, FQLA__CUDA_COMPUTE_CAPABILITY_MINOR, device))) != FQLA_OK ||
-        (status = fqla__cuda_check_open(context, "cuDeviceGetAttribute",
-                                        driver->cuDeviceGetAttribute(&sm_count, FQLA__CUDA_MULTIPROCESSOR_COUNT, device))) != FQLA_OK)
-        return status;
+    fqla_status status = fqla__cuda_check_open(
+        context, "cuDeviceGetName", cuda->driver.cuDeviceGetName(name, (int)sizeof summary->device_name, cuda->device));
+    if (status == FQLA_OK) status = fqla__cuda_attribute(context, FQLA__CUDA_COMPUTE_CAPABILITY_MAJOR, &major);
+    if (status == FQLA_OK) status = fqla__cuda_attribute(context, FQLA__CUDA_COMPUTE_CAPABILITY_MINOR, &minor);
+    if (status == FQLA_OK) status = fqla__cuda_attribute(context, FQLA__CUDA_MULTIPROCESSOR_COUNT, &sm_count);
+    if (status != FQLA_OK) return status;
     summary->compute_capability = major * 10 + minor;
     summary->sm_count = sm_count;
-    if (summary->compute_capability != 90) {
-        snprintf(summary->cuda_status, sizeof summary->cuda_status, "%s has compute capability %d.%d; the kernels need 9.0",
-                 summary->device_name, major, minor);
-        return FQLA_ERROR_NO_CUDA;
-    }
-    return FQLA_OK;
+    if (major == 9 && minor == 0) return FQLA_OK;
+    snprintf(summary->cuda_status, sizeof summary->cuda_status, "%s has compute capability %d.%d; the kernels need 9.0", name,
+             major, minor);
+    return FQLA_ERROR_NO_CUDA;
 }
 
 static void fqla__cuda_release(fqla_context *context) {
     fqla__cuda_device *cuda = &context->cuda;
-    if (cuda->retained) fqla__cuda_note(context, "cuDevicePrimaryCtxRelease", cuda->driver.cuDevicePrimaryCtxRelease_v2(cuda->device));
+    if (cuda->retained)
+        fqla__cuda_note(context, "cuDevicePrimaryCtxRelease", cuda->driver.cuDevicePrimaryCtxRelease_v2(cuda->device));
     cuda->retained = false;
 }
 
 static void fqla__cuda_close(fqla_context *context) {
-    if (fqla__cuda_enter(context, "fqla_context_destroy") == FQLA_OK) {
+    if (fqla__cuda_enter_to_end(context)) {
         fqla__cuda_unload_kernels(context);
         fqla__cuda_leave(context);
     }
@@ -221,8 +230,8 @@ static fqla_status fqla__cuda_check_stream(const fqla_context *context, const ch
     if (stream == NULL) return FQLA_OK;
     status = fqla__cuda_check(context, function, "cuStreamGetCtx", context->cuda.driver.cuStreamGetCtx(stream, &owner));
     if (status == FQLA_OK && owner != context->cuda.context)
-        return fqla__fail(&context->desc, FQLA_ERROR_WRONG_CONTEXT, "%s: stream %p belongs to the CUDA context %p, not to %p", function,
-                          (void *)stream, (void *)owner, (void *)context->cuda.context);
+        return fqla__fail(&context->desc, FQLA_ERROR_WRONG_CONTEXT, "%s: stream %p belongs to the CUDA context %p, not to %p",
+                          function, (void *)stream, (void *)owner, (void *)context->cuda.context);
     return status;
 }
 
@@ -231,7 +240,8 @@ static fqla_status fqla__cuda_check_live_stream(const fqla_context *context, con
     int capturing = 0;
     fqla_status status = fqla__cuda_check_stream(context, function, stream);
     if (status != FQLA_OK) return status;
-    status = fqla__cuda_check(context, function, "cuStreamIsCapturing", context->cuda.driver.cuStreamIsCapturing(stream, &capturing));
+    status = fqla__cuda_check(context, function, "cuStreamIsCapturing",
+                              context->cuda.driver.cuStreamIsCapturing(stream, &capturing));
     if (status == FQLA_OK && capturing != 0)
         return fqla__fail(&context->desc, FQLA_ERROR_CAPTURING, "%s: stream %p is being captured", function, (void *)stream);
     return status;
@@ -247,7 +257,7 @@ static fqla_status fqla__cuda_alloc(fqla_context *context, size_t bytes, void **
     return status;
 }
 
-/* FQLA_ERROR_DRIVER says that the CUDA context has failed, and its memory is gone with it. */
+/* FQLA_ERROR_INVALID_VALUE: none of ours. FQLA_ERROR_CAPTURING: not now. Any other failure is the context's; the memory is gone. */
 static fqla_status fqla__cuda_free(fqla_context *context, void *pointer) {
     fqla__cuda_result result;
     fqla_status status = fqla__cuda_enter(context, "fqla_free");
@@ -258,7 +268,8 @@ static fqla_status fqla__cuda_free(fqla_context *context, void *pointer) {
     return result == FQLA__CUDA_ERROR_INVALID_VALUE ? FQLA_ERROR_INVALID_VALUE : status;
 }
 
-static fqla_status fqla__cuda_copy(fqla_context *context, void *to, const void *from, size_t bytes, bool upload, fqla_stream stream) {
+static fqla_status fqla__cuda_copy(fqla_context *context, void *to, const void *from, size_t bytes, bool upload,
+                                   fqla_stream stream) {
     const char *function = upload ? "fqla_upload" : "fqla_download";
     const fqla__cuda_driver *driver = &context->cuda.driver;
     fqla_status status = fqla__cuda_enter(context, function);
@@ -280,7 +291,8 @@ static fqla_status fqla__cuda_synchronize(fqla_context *context, fqla_stream str
     if (status != FQLA_OK) return status;
     status = fqla__cuda_check_live_stream(context, "fqla_synchronize", stream);
     if (status == FQLA_OK)
-        status = fqla__cuda_check(context, "fqla_synchronize", "cuStreamSynchronize", context->cuda.driver.cuStreamSynchronize(stream));
+        status = fqla__cuda_check(context, "fqla_synchronize", "cuStreamSynchronize",
+                                  context->cuda.driver.cuStreamSynchronize(stream));
     fqla__cuda_leave(context);
     return status;
 }

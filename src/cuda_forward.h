@@ -35,13 +35,13 @@ static fqla_status fqla__cuda_check_limits(const fqla_plan *plan) {
     strides[0] = &d->strides.q, strides[1] = &d->strides.k, strides[2] = &d->strides.v, strides[3] = &d->strides.o;
     if ((int64_t)d->heads_v * d->max_seqs > INT32_MAX)
         return fqla__fail(&plan->context->desc, FQLA_ERROR_UNSUPPORTED,
-                          "plan_desc.max_seqs is %d; with heads_v %d that is over 2^31 - 1 blocks, more than CUDA launches", (int)d->max_seqs,
-                          (int)d->heads_v);
+                          "plan_desc.max_seqs is %d; with heads_v %d that is over 2^31 - 1 blocks, more than CUDA launches",
+                          (int)d->max_seqs, (int)d->heads_v);
     for (i = 0; i < 4; i++)
         if (strides[i]->token >= (int64_t)1 << 39 || strides[i]->head >= (int64_t)1 << 39)
             return fqla__fail(&plan->context->desc, FQLA_ERROR_UNSUPPORTED,
-                              "plan_desc.strides.%c is { token %lld, head %lld }; CUDA takes strides below 2^39 elements", "qkvo"[i],
-                              (long long)strides[i]->token, (long long)strides[i]->head);
+                              "plan_desc.strides.%c is { token %lld, head %lld }; CUDA takes strides below 2^39 elements",
+                              "qkvo"[i], (long long)strides[i]->token, (long long)strides[i]->head);
     return FQLA_OK;
 }
 
@@ -62,7 +62,8 @@ static fqla_status fqla__cuda_plan_create(fqla_plan *plan) {
     status = fqla__cuda_enter(context, function);
     if (status != FQLA_OK) return status;
     status = fqla__cuda_check_live_stream(context, function, per_thread);
-    if (status == FQLA_OK) status = fqla__cuda_check(context, function, "cuMemAlloc", driver->cuMemAlloc_v2(&plan->cuda.table, bytes));
+    if (status == FQLA_OK)
+        status = fqla__cuda_check(context, function, "cuMemAlloc", driver->cuMemAlloc_v2(&plan->cuda.table, bytes));
     if (status == FQLA_OK) status = fqla__cuda_send_table(plan, function, plan->num_seqs, plan->cu_seqlens, per_thread);
     if (status == FQLA_OK)
         status = fqla__cuda_check(context, function, "cuStreamSynchronize", driver->cuStreamSynchronize(per_thread));
@@ -72,7 +73,7 @@ static fqla_status fqla__cuda_plan_create(fqla_plan *plan) {
 
 static void fqla__cuda_plan_destroy(fqla_plan *plan) {
     fqla_context *context = plan->context;
-    if (plan->cuda.table != 0 && fqla__cuda_enter(context, "fqla_plan_destroy") == FQLA_OK) {
+    if (plan->cuda.table != 0 && fqla__cuda_enter_to_end(context)) {
         fqla__cuda_note(context, "cuMemFree", context->cuda.driver.cuMemFree_v2(plan->cuda.table));
         fqla__cuda_leave(context);
     }
@@ -150,29 +151,36 @@ static void fqla__cuda_forward_params(const fqla__run *run, fqla__forward_params
     p->scale = d->scale;
 }
 
+static fqla_status fqla__cuda_launch(const fqla_plan *plan, const char *function, fqla__forward_params *params,
+                                     fqla_stream stream) {
+    const fqla__cuda_device *cuda = &plan->context->cuda;
+    const int kernel = fqla__cuda_forward_kernel(plan);
+    const unsigned int blocks = (unsigned int)(plan->desc.heads_v * plan->desc.max_seqs);
+    const unsigned int shared_bytes = (unsigned int)fqla__kernels[kernel].shared_bytes;
+    void *parameters[1];
+    parameters[0] = params;
+    return fqla__cuda_check(plan->context, function, "cuLaunchKernel",
+                            cuda->driver.cuLaunchKernel(cuda->functions[kernel], blocks, 1, 1, FQLA__FORWARD_THREADS, 1, 1,
+                                                        shared_bytes, stream, parameters, NULL));
+}
+
+/* Everything that can fail comes before the launch. */
 static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) {
     const fqla_plan *plan = run->plan;
     const fqla_plan_desc *d = &plan->desc;
     const fqla_tensor_strides *s = &d->strides;
-    const fqla__cuda_device *cuda = &plan->context->cuda;
     const char *function = run->decode_tokens > 0 ? "fqla_decode" : "fqla_forward";
-    const int kernel = fqla__cuda_forward_kernel(plan), load = FQLA__CUDA_SWIZZLE_128B, store = FQLA__CUDA_SWIZZLE_32B;
+    const int load = FQLA__CUDA_SWIZZLE_128B, store = FQLA__CUDA_SWIZZLE_32B;
     fqla__forward_params p;
-    void *parameters[1];
     fqla_status status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     fqla__cuda_forward_params(run, &p);
-    parameters[0] = &p;
-    status = fqla__cuda_check_stream(plan->context, function, stream);
-    if (status == FQLA_OK &&
+    if ((status = fqla__cuda_check_stream(plan->context, function, stream)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.q, run->q, d->heads_qk, &s->q, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.k, run->k, d->heads_qk, &s->k, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.v, run->v, d->heads_v, &s->v, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.o, run->o, d->heads_v, &s->o, FQLA__STORE_COLUMNS, store)) == FQLA_OK)
-        status = fqla__cuda_check(plan->context, function, "cuLaunchKernel",
-                                  cuda->driver.cuLaunchKernel(cuda->functions[kernel], (unsigned int)(d->heads_v * d->max_seqs), 1, 1,
-                                                              FQLA__FORWARD_THREADS, 1, 1,
-                                                              (unsigned int)fqla__kernels[kernel].shared_bytes, stream, parameters, NULL));
+        status = fqla__cuda_launch(plan, function, &p, stream);
     fqla__cuda_leave(plan->context);
     return status;
 }

@@ -1,0 +1,1330 @@
+/* The CUDA backend's host side on the fake driver: opening and its refusals, memory, plans, launches, every driver call failing.
+   The driver's library is found as a user's program finds it (the test's command sets LD_LIBRARY_PATH), through two stand-ins that
+   can hide the library or one of its symbols. */
+#include <stdio.h>
+#include <string.h>
+#if defined(_WIN32)
+#include <windows.h>
+#define FIRST_LIBRARY "nvcuda.dll"
+static void *real_open(const char *name) { return (void *)LoadLibraryA(name); }
+static void *real_symbol(void *library, const char *name) {
+    FARPROC address = GetProcAddress((HMODULE)library, name);
+    void *pointer;
+    memcpy(&pointer, &address, sizeof pointer);
+    return pointer;
+}
+#else
+#include <dlfcn.h>
+#define FIRST_LIBRARY "libcuda.so.1"
+static void *real_open(const char *name) { return dlopen(name, RTLD_NOW | RTLD_LOCAL); }
+static void *real_symbol(void *library, const char *name) { return dlsym(library, name); }
+#endif
+
+static int hide_library;
+static const char *hide_symbol;
+static char opened_names[128];
+
+static void *open_or_hide(const char *name) {
+    if (!hide_library) return real_open(name);
+    strncat(opened_names, name, sizeof opened_names - strlen(opened_names) - 2);
+    strcat(opened_names, " ");
+    return NULL;
+}
+
+static void *symbol_or_hide(void *library, const char *name) {
+    return hide_symbol != NULL && strcmp(name, hide_symbol) == 0 ? NULL : real_symbol(library, name);
+}
+
+#if defined(_WIN32)
+static FARPROC proc_or_hide(HMODULE library, const char *name) {
+    void *pointer = symbol_or_hide((void *)library, name);
+    FARPROC address;
+    memcpy(&address, &pointer, sizeof address);
+    return address;
+}
+#define LoadLibraryA(name) ((HMODULE)open_or_hide(name))
+#define GetProcAddress(library, name) proc_or_hide(library, name)
+#else
+#define dlopen(name, flags) open_or_hide(name)
+#define dlsym(library, name) symbol_or_hide(library, name)
+#endif
+
+#define FLASHQLA_IMPLEMENTATION
+#include "flashqla.h"
+
+#include "fake_cuda.h"
+#include "greatest.h"
+
+#ifdef FLASHQLA__FORCE_PTX
+#define FORM "ptx"
+#else
+#define FORM "cubin"
+#endif
+
+/* ---- what the tests stand on */
+
+/* The control interface, found in the library that the header opens too. */
+static struct {
+#define FAKE_CUDA_X(type, name, parameters) type(*name) parameters;
+    FAKE_CUDA_FUNCTIONS(FAKE_CUDA_X)
+#undef FAKE_CUDA_X
+} fake;
+
+static int find_fake(void) {
+    void *library = real_open(FIRST_LIBRARY), *address;
+    int found = library != NULL;
+#define FAKE_CUDA_X(type, name, parameters)                                  \
+    address = found ? real_symbol(library, #name) : NULL;                    \
+    found = found && address != NULL;                                        \
+    memcpy((void *)&fake.name, (const void *)&address, sizeof fake.name);
+    FAKE_CUDA_FUNCTIONS(FAKE_CUDA_X)
+#undef FAKE_CUDA_X
+    return found;
+}
+
+/* What the header allocated on the host and logged. */
+static struct {
+    long live, fail_at; /* blocks; the allocation that fails, counted from now; 0: none */
+    int errors, infos;
+    char error[512], infos_text[4096];
+} host;
+
+static void *host_alloc(size_t bytes, void *user) {
+    void *pointer;
+    (void)user;
+    if (host.fail_at > 0 && --host.fail_at == 0) return NULL;
+    pointer = malloc(bytes);
+    if (pointer != NULL) host.live++;
+    return pointer;
+}
+
+static void host_free(void *pointer, void *user) {
+    (void)user;
+    host.live--;
+    free(pointer);
+}
+
+static void host_log(fqla_log_level level, const char *message, void *user) {
+    (void)user;
+    if (level == FQLA_LOG_ERROR) {
+        host.errors++;
+        snprintf(host.error, sizeof host.error, "%s", message);
+    } else {
+        host.infos++;
+        strncat(host.infos_text, message, sizeof host.infos_text - strlen(host.infos_text) - 1);
+    }
+}
+
+static void forget_log(void) {
+    host.errors = host.infos = 0;
+    host.error[0] = host.infos_text[0] = '\0';
+}
+
+/* What there was when the test started. */
+static fake_cuda_census census_before;
+static long live_before;
+
+static void start(void *unused) {
+    (void)unused;
+    census_before = fake.fake_cuda_count();
+    live_before = host.live;
+    fake.fake_cuda_reset();
+    fake.fake_cuda_settings()->parameter_bytes = sizeof(fqla__forward_params);
+    hide_library = 0;
+    hide_symbol = NULL;
+    opened_names[0] = '\0';
+    host.fail_at = 0;
+    forget_log();
+}
+
+static fqla_stream stream_of(fqla_cuda_context owner) { return (fqla_stream)fake.fake_cuda_stream_create(owner); }
+static fqla_cuda_context primary_context(int device) { return (fqla_cuda_context)fake.fake_cuda_primary_context(device); }
+static fqla_cuda_context new_context(void) { return (fqla_cuda_context)fake.fake_cuda_context_create(0); }
+
+static fqla_context_desc desc_of(fqla_backend backend) {
+    fqla_context_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = backend;
+    desc.num_threads = 1;
+    desc.alloc = host_alloc;
+    desc.free = host_free;
+    desc.log = host_log;
+    return desc;
+}
+
+static fqla_context *open_cuda(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
+    fqla_context *context = NULL;
+    fqla_context_create(&desc, &context);
+    return context;
+}
+
+/* Nothing is left over, on either side, and no rule was broken. */
+static enum greatest_test_res clean(void) {
+    const fake_cuda_census census = fake.fake_cuda_count();
+    ASSERT_STR_EQ("", fake.fake_cuda_misuse());
+    ASSERT_EQ(census_before.allocations, census.allocations);
+    ASSERT_EQ(census_before.modules, census.modules);
+    ASSERT_EQ(census_before.retains, census.retains);
+    ASSERT_EQ(census_before.stack, census.stack);
+    ASSERT_EQ(live_before, host.live);
+    PASS();
+}
+
+/* Was this refused with `expected`, in one sentence that holds `words`? */
+static enum greatest_test_res refused(fqla_status expected, fqla_status status, const char *words) {
+    if (status != expected || host.errors != 1 || strstr(host.error, words) == NULL)
+        printf("\n%s, %d errors, last \"%s\"; expected %s, \"%s\"\n", fqla_status_name(status), host.errors, host.error,
+               fqla_status_name(expected), words);
+    ASSERT_EQ(expected, status);
+    ASSERT_EQ(1, host.errors);
+    ASSERT(strstr(host.error, words) != NULL);
+    forget_log();
+    PASS();
+}
+
+enum { HEADS_QK = 2, HEADS_V = 4, SEQS = 3, TOKENS = 200 };
+static const int32_t cu_seqlens[SEQS + 1] = {0, 130, 130, 200};
+
+static fqla_plan_desc plan_desc(void) {
+    fqla_plan_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.heads_qk = HEADS_QK;
+    desc.heads_v = HEADS_V;
+    desc.num_seqs = SEQS;
+    desc.cu_seqlens = cu_seqlens;
+    return desc;
+}
+
+/* The tensors of a run of plan_desc(), pieces of one allocation. */
+static fqla_forward_args args_in(void *memory) {
+    char *at = (char *)memory;
+    fqla_forward_args args;
+    memset(&args, 0, sizeof args);
+    args.q = at, at += TOKENS * HEADS_QK * 256;
+    args.k = at, at += TOKENS * HEADS_QK * 256;
+    args.v = at, at += TOKENS * HEADS_V * 256;
+    args.o = at, at += TOKENS * HEADS_V * 256;
+    args.g = at, at += TOKENS * HEADS_V * 4;
+    args.beta = at, at += TOKENS * HEADS_V * 4;
+    args.ht = at;
+    return args;
+}
+static const size_t args_bytes = TOKENS * (HEADS_QK * 512 + HEADS_V * 520) + SEQS * HEADS_V * 65536;
+
+static fqla_decode_args decode_args_in(void *memory) {
+    const fqla_forward_args forward = args_in(memory);
+    fqla_decode_args args;
+    memset(&args, 0, sizeof args);
+    args.q = forward.q, args.k = forward.k, args.v = forward.v, args.g = forward.g, args.beta = forward.beta;
+    args.o = forward.o, args.ht = forward.ht;
+    return args;
+}
+
+/* ---- opening */
+
+TEST the_primary_context(void) {
+    fqla_context_summary summary;
+    fqla_context *context = open_cuda();
+    ASSERT(context != NULL);
+    ASSERT_EQ(1, fake.fake_cuda_count().retains);
+    ASSERT_EQ(FQLA__KERNEL_COUNT, fake.fake_cuda_count().modules);
+    ASSERT_EQ(0, fake.fake_cuda_count().stack);
+    ASSERT_EQ(FQLA_OK, fqla_context_info(context, &summary));
+    ASSERT_EQ(FQLA_BACKEND_CUDA, summary.backend);
+    ASSERT_EQ(1, summary.num_threads);
+    ASSERT_STR_EQ("ready", summary.cuda_status);
+    ASSERT_STR_EQ("Fake GPU 0", summary.device_name);
+    ASSERT_STR_EQ(FORM, summary.kernel_form);
+    ASSERT_EQ(90, summary.compute_capability);
+    ASSERT_EQ(132, summary.sm_count);
+    ASSERT_EQ(13000, summary.driver_version);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    ASSERT_EQ(0, host.errors);
+    return clean();
+}
+
+TEST auto_takes_the_gpu(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_AUTO);
+    fqla_context_summary summary;
+    fqla_context *context = NULL;
+    ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+    fqla_context_info(context, &summary);
+    ASSERT_EQ(FQLA_BACKEND_CUDA, summary.backend);
+    fqla_context_destroy(context);
+    return clean();
+}
+
+TEST cpu_leaves_the_driver_alone(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CPU);
+    fqla_context *context = NULL;
+    ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+    ASSERT_EQ(0, fake.fake_cuda_calls());
+    fqla_context_destroy(context);
+    return clean();
+}
+
+TEST the_second_device(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
+    fqla_context *context = NULL;
+    fqla_context_summary summary;
+    fake.fake_cuda_settings()->devices = 2;
+    desc.device = 1;
+    ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+    fqla_context_info(context, &summary);
+    ASSERT_STR_EQ("Fake GPU 1", summary.device_name);
+    ASSERT(context->cuda.context == primary_context(1));
+    fqla_context_destroy(context);
+    return clean();
+}
+
+/* The borrowed context is neither retained nor ended, and what was current before is current after. */
+TEST a_borrowed_context(void) {
+    fqla_cuda_context borrowed = new_context(), other = new_context();
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
+    fqla_context *context = NULL;
+    void *memory = NULL;
+    fake.fake_cuda_push(other);
+    desc.cuda_context = borrowed;
+    desc.device = 7; /* ignored */
+    ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+    ASSERT_EQ(0, fake.fake_cuda_count().retains);
+    ASSERT_EQ(1, fake.fake_cuda_count().stack);
+    ASSERT_EQ(other, fake.fake_cuda_current());
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, 100, &memory));
+    ASSERT_EQ(FQLA_OK, fqla_free(context, memory));
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    ASSERT_EQ(other, fake.fake_cuda_current());
+    fake.fake_cuda_pop();
+    fake.fake_cuda_push(borrowed); /* still there */
+    fake.fake_cuda_pop();
+    fake.fake_cuda_context_destroy(borrowed);
+    fake.fake_cuda_context_destroy(other);
+    return clean();
+}
+
+TEST a_borrowed_context_that_ended(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
+    fqla_context *context = NULL;
+    desc.cuda_context = new_context();
+    fake.fake_cuda_context_destroy(desc.cuda_context);
+    CHECK_CALL(refused(FQLA_ERROR_DRIVER, fqla_context_create(&desc, &context),
+                       "cuCtxPushCurrent failed: CUDA_ERROR_INVALID_CONTEXT (invalid device context)"));
+    ASSERT(context == NULL);
+    return clean();
+}
+
+/* A borrowed context may end first, although it should not: closing then has nothing to unload. */
+TEST a_borrowed_context_that_ends_too_early(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
+    fqla_context *context = NULL;
+    void *memory = NULL;
+    desc.cuda_context = new_context();
+    ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, 100, &memory));
+    fake.fake_cuda_context_destroy(desc.cuda_context);
+    ASSERT_EQ(FQLA_ERROR_DRIVER, fqla_free(context, memory));
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* Why a machine cannot: `words` is the reason. AUTO goes to the CPU with one line about it, CUDA is refused with it. */
+static enum greatest_test_res falls_back(fqla_cuda_context borrowed, const char *words) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_AUTO);
+    fqla_context_summary summary;
+    fqla_context *context = NULL;
+    desc.cuda_context = borrowed;
+    ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+    ASSERT_EQ(FQLA_OK, fqla_context_info(context, &summary));
+    ASSERT_EQ(FQLA_BACKEND_CPU, summary.backend);
+    ASSERT_STR_EQ("", summary.kernel_form);
+    ASSERT_STR_EQ(words, summary.cuda_status);
+    ASSERT(strstr(host.infos_text, words) != NULL);
+    ASSERT_EQ(0, host.errors);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    context = NULL;
+    desc.backend = FQLA_BACKEND_CUDA;
+    CHECK_CALL(refused(FQLA_ERROR_NO_CUDA, fqla_context_create(&desc, &context), words));
+    ASSERT(context == NULL);
+    return clean();
+}
+
+TEST without_a_driver(void) {
+    hide_library = 1;
+    CHECK_CALL(falls_back(NULL, "no CUDA driver: " FIRST_LIBRARY " cannot be opened"));
+#if defined(_WIN32)
+    ASSERT_STR_EQ("nvcuda.dll nvcuda.dll ", opened_names);
+#else
+    ASSERT_STR_EQ("libcuda.so.1 libcuda.so libcuda.so.1 libcuda.so ", opened_names);
+#endif
+    PASS();
+}
+
+TEST without_any_one_symbol(void) {
+    static const char *const names[] = {
+#define FLASHQLA__X(name, parameters) #name,
+        FLASHQLA__CUDA_FUNCTIONS(FLASHQLA__X)
+#undef FLASHQLA__X
+    };
+    size_t i;
+    for (i = 0; i < sizeof names / sizeof names[0]; i++) {
+        char words[128];
+        start(NULL);
+        hide_symbol = names[i];
+        snprintf(words, sizeof words, "the CUDA driver is too old: " FIRST_LIBRARY " has no %s", names[i]);
+        CHECK_CALL(falls_back(NULL, words));
+        ASSERT_EQ(0, fake.fake_cuda_calls());
+    }
+    PASS();
+}
+
+TEST without_a_device(void) {
+    fake.fake_cuda_settings()->devices = 0;
+    return falls_back(NULL, "cuInit failed: CUDA_ERROR_NO_DEVICE (no CUDA-capable device is detected)");
+}
+
+TEST a_device_that_is_not_there(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
+    fqla_context *context = NULL;
+    desc.device = 1;
+    CHECK_CALL(refused(FQLA_ERROR_NO_CUDA, fqla_context_create(&desc, &context),
+                       "context_desc.device is 1; the CUDA driver has 1 device"));
+    fake.fake_cuda_settings()->devices = 2;
+    desc.device = 2;
+    CHECK_CALL(refused(FQLA_ERROR_NO_CUDA, fqla_context_create(&desc, &context),
+                       "context_desc.device is 2; the CUDA driver has 2 devices"));
+    return clean();
+}
+
+TEST another_compute_capability(void) {
+    fqla_cuda_context borrowed;
+    fake.fake_cuda_settings()->major = 8;
+    CHECK_CALL(falls_back(NULL, "Fake GPU 0 has compute capability 8.0; the kernels need 9.0"));
+    borrowed = new_context();
+    CHECK_CALL(falls_back(borrowed, "Fake GPU 0 has compute capability 8.0; the kernels need 9.0"));
+    fake.fake_cuda_context_destroy(borrowed);
+    fake.fake_cuda_settings()->major = 10;
+    fake.fake_cuda_settings()->minor = 3;
+    return falls_back(NULL, "Fake GPU 0 has compute capability 10.3; the kernels need 9.0");
+}
+
+/* The summary tells what device it is although it does not serve. */
+TEST the_device_is_named_all_the_same(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_AUTO);
+    fqla_context_summary summary;
+    fqla_context *context = NULL;
+    fake.fake_cuda_settings()->major = 8;
+    fake.fake_cuda_settings()->minor = 6;
+    ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+    fqla_context_info(context, &summary);
+    ASSERT_STR_EQ("Fake GPU 0", summary.device_name);
+    ASSERT_EQ(86, summary.compute_capability);
+    ASSERT_EQ(132, summary.sm_count);
+    ASSERT_EQ(13000, summary.driver_version);
+    fqla_context_destroy(context);
+    return clean();
+}
+
+TEST an_old_driver_takes_the_ptx(void) {
+    fqla_context_summary summary;
+    fqla_context *context;
+    fake.fake_cuda_settings()->driver_version = 12020;
+    fake.fake_cuda_settings()->cubin_result = 209;
+    context = open_cuda();
+    ASSERT(context != NULL);
+    fqla_context_info(context, &summary);
+    ASSERT_STR_EQ("ptx", summary.kernel_form);
+    ASSERT_STR_EQ("ready", summary.cuda_status);
+    ASSERT_EQ(FQLA__KERNEL_COUNT, fake.fake_cuda_count().modules);
+#ifndef FLASHQLA__FORCE_PTX
+    ASSERT(strstr(host.infos_text, "the driver (CUDA 12.2) refuses the kernels' cubins") != NULL);
+    ASSERT(strstr(host.infos_text, "CUDA_ERROR_NO_BINARY_FOR_GPU") != NULL);
+#endif
+    ASSERT_EQ(0, host.errors);
+    fqla_context_destroy(context);
+    return clean();
+}
+
+TEST a_driver_too_old_for_either(void) {
+    fake.fake_cuda_settings()->driver_version = 11080;
+    fake.fake_cuda_settings()->cubin_result = 200;
+    fake.fake_cuda_settings()->fatbin_result = 222;
+    return falls_back(NULL, "the driver (CUDA 11.8) refuses the kernels: cuModuleLoadData failed: "
+                            "CUDA_ERROR_UNSUPPORTED_PTX_VERSION (the provided PTX was compiled with an unsupported toolchain.)");
+}
+
+TEST two_contexts(void) {
+    fqla_context *a = open_cuda(), *b = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    void *memory = NULL;
+    fqla_forward_args args;
+    ASSERT(a != NULL && b != NULL);
+    ASSERT_EQ(2, fake.fake_cuda_count().retains);
+    ASSERT_EQ(2 * FQLA__KERNEL_COUNT, fake.fake_cuda_count().modules);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(a));
+    ASSERT_EQ(FQLA__KERNEL_COUNT, fake.fake_cuda_count().modules);
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(b, &desc, &plan));
+    ASSERT_EQ(FQLA_OK, fqla_alloc(b, args_bytes, &memory));
+    args = args_in(memory);
+    ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL));
+    ASSERT_EQ(1, fake.fake_cuda_launches());
+    CHECK_CALL(refused(FQLA_ERROR_IN_USE, fqla_context_destroy(b), "2 plans and buffers"));
+    ASSERT_EQ(FQLA__KERNEL_COUNT, fake.fake_cuda_count().modules);
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_free(b, memory));
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(b));
+    return clean();
+}
+
+SUITE(opening) {
+    SET_SETUP(start, NULL);
+    RUN_TEST(the_primary_context);
+    RUN_TEST(auto_takes_the_gpu);
+    RUN_TEST(cpu_leaves_the_driver_alone);
+    RUN_TEST(the_second_device);
+    RUN_TEST(a_borrowed_context);
+    RUN_TEST(a_borrowed_context_that_ended);
+    RUN_TEST(a_borrowed_context_that_ends_too_early);
+    RUN_TEST(without_a_driver);
+    RUN_TEST(without_any_one_symbol);
+    RUN_TEST(without_a_device);
+    RUN_TEST(a_device_that_is_not_there);
+    RUN_TEST(another_compute_capability);
+    RUN_TEST(the_device_is_named_all_the_same);
+    RUN_TEST(an_old_driver_takes_the_ptx);
+    RUN_TEST(a_driver_too_old_for_either);
+    RUN_TEST(two_contexts);
+}
+
+/* ---- memory */
+
+TEST a_round_trip(void) {
+    fqla_context *context = open_cuda();
+    fqla_stream stream = stream_of(primary_context(0));
+    void *memory = NULL;
+    char sent[1000], got[1000];
+    size_t i;
+    for (i = 0; i < sizeof sent; i++) sent[i] = (char)(i * 7);
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, sizeof sent, &memory));
+    ASSERT_EQ(0u, (unsigned int)((uintptr_t)memory % 256));
+    ASSERT_EQ(FQLA_OK, fqla_upload(context, memory, sent, sizeof sent, stream));
+    ASSERT_EQ(FQLA_OK, fqla_download(context, got, memory, sizeof got, NULL));
+    ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
+    ASSERT_MEM_EQ(sent, got, sizeof sent);
+    ASSERT_EQ(2, fake.fake_cuda_copies());
+    ASSERT_EQ(stream, fake.fake_cuda_copy_at(0).stream);
+    ASSERT_EQ(NULL, fake.fake_cuda_copy_at(1).stream);
+    ASSERT_EQ(FQLA_OK, fqla_free(context, memory));
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+TEST out_of_memory(void) {
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    void *memory = NULL;
+    fake.fake_cuda_settings()->memory = 1000;
+    CHECK_CALL(refused(FQLA_ERROR_OUT_OF_MEMORY, fqla_alloc(context, 1001, &memory),
+                       "fqla_alloc: cuMemAlloc failed: CUDA_ERROR_OUT_OF_MEMORY (out of memory)"));
+    ASSERT(memory == NULL);
+    fake.fake_cuda_settings()->memory = 16;
+    CHECK_CALL(refused(FQLA_ERROR_OUT_OF_MEMORY, fqla_plan_create(context, &desc, &plan), "fqla_plan_create: cuMemAlloc failed"));
+    ASSERT(plan == NULL);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* The host's allocator fails at every allocation in turn. */
+TEST out_of_host_memory(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
+    fqla_plan_desc plan_as = plan_desc();
+    int n, whole = 0;
+    for (n = 1; !whole; n++) {
+        fqla_context *context = NULL;
+        fqla_plan *plan = NULL;
+        fqla_status status;
+        forget_log();
+        host.fail_at = n;
+        status = fqla_context_create(&desc, &context);
+        if (status == FQLA_OK) status = fqla_plan_create(context, &plan_as, &plan);
+        whole = status == FQLA_OK;
+        host.fail_at = 0;
+        if (!whole) CHECK_CALL(refused(FQLA_ERROR_OUT_OF_MEMORY, status, "no memory"));
+        fqla_plan_destroy(plan);
+        ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+        CHECK_CALL(clean());
+    }
+    ASSERT(n > 5);
+    PASS();
+}
+
+TEST what_is_not_ours_is_not_freed(void) {
+    fqla_context *context = open_cuda();
+    void *memory = NULL;
+    char stranger[16];
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, 100, &memory));
+    CHECK_CALL(refused(FQLA_ERROR_INVALID_VALUE, fqla_free(context, stranger), "fqla_free: cuMemFree failed"));
+    CHECK_CALL(refused(FQLA_ERROR_IN_USE, fqla_context_destroy(context), "1 plans and buffers"));
+    ASSERT_EQ(FQLA_OK, fqla_free(context, memory));
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* While a stream is being captured nothing is copied, nobody waits, and the capture is unharmed. The legacy stream counts too. */
+TEST capture_refuses_copies(void) {
+    fqla_context *context = open_cuda();
+    fqla_stream stream = stream_of(primary_context(0));
+    void *memory = NULL;
+    fqla_stream both[2] = {stream, NULL};
+    char bytes[16];
+    int i;
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, sizeof bytes, &memory));
+    fake.fake_cuda_capture_begin(stream);
+    for (i = 0; i < 2; i++) {
+        CHECK_CALL(refused(FQLA_ERROR_CAPTURING, fqla_upload(context, memory, bytes, sizeof bytes, both[i]), "fqla_upload: "));
+        CHECK_CALL(refused(FQLA_ERROR_CAPTURING, fqla_download(context, bytes, memory, sizeof bytes, both[i]), "fqla_download: "));
+        CHECK_CALL(refused(FQLA_ERROR_CAPTURING, fqla_synchronize(context, both[i]), "fqla_synchronize: "));
+    }
+    ASSERT_EQ(0, fake.fake_cuda_copies());
+    ASSERT_EQ(1, fake.fake_cuda_capture_end(stream));
+    ASSERT_EQ(FQLA_OK, fqla_upload(context, memory, bytes, sizeof bytes, both[0]));
+    fake.fake_cuda_capture_begin(stream);
+    CHECK_CALL(refused(FQLA_ERROR_CAPTURING, fqla_free(context, memory), "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"));
+    fake.fake_cuda_capture_end(stream);
+    ASSERT_EQ(FQLA_OK, fqla_free(context, memory));
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+TEST streams_of_another_context(void) {
+    fqla_context *context = open_cuda();
+    fqla_cuda_context other = new_context();
+    fqla_stream stream = stream_of(other);
+    void *memory = NULL;
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    fqla_forward_args args;
+    char byte = 0;
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes, &memory));
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    args = args_in(memory);
+    fake.fake_cuda_push(other);
+    CHECK_CALL(refused(FQLA_ERROR_WRONG_CONTEXT, fqla_upload(context, memory, &byte, 1, stream), "fqla_upload: stream"));
+    CHECK_CALL(refused(FQLA_ERROR_WRONG_CONTEXT, fqla_synchronize(context, stream), "belongs to the CUDA context"));
+    CHECK_CALL(refused(FQLA_ERROR_WRONG_CONTEXT, fqla_plan_update(plan, SEQS, cu_seqlens, stream), "fqla_plan_update: stream"));
+    CHECK_CALL(refused(FQLA_ERROR_WRONG_CONTEXT, fqla_forward(plan, &args, stream), "fqla_forward: stream"));
+    ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL)); /* the default stream of the plan's context, whatever is current */
+    ASSERT_EQ(1, fake.fake_cuda_launches());
+    ASSERT_EQ(primary_context(0), fake.fake_cuda_launch_at(0).context);
+    ASSERT_EQ(other, fake.fake_cuda_current());
+    fake.fake_cuda_pop();
+    fqla_plan_destroy(plan);
+    fqla_free(context, memory);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    fake.fake_cuda_stream_destroy(stream);
+    fake.fake_cuda_context_destroy(other);
+    return clean();
+}
+
+SUITE(memory) {
+    SET_SETUP(start, NULL);
+    RUN_TEST(a_round_trip);
+    RUN_TEST(out_of_memory);
+    RUN_TEST(out_of_host_memory);
+    RUN_TEST(what_is_not_ours_is_not_freed);
+    RUN_TEST(capture_refuses_copies);
+    RUN_TEST(streams_of_another_context);
+}
+
+/* ---- plans */
+
+/* The device table against rows of { row, len, snapshot }. */
+static enum greatest_test_res table_holds(const fqla_plan *plan, int32_t num_seqs, const int64_t (*rows)[3]) {
+    const int64_t *table = (const int64_t *)plan->cuda.table;
+    int32_t n;
+    ASSERT_EQ(num_seqs, (int32_t)table[0]);
+    for (n = 0; n < num_seqs; n++) ASSERT_MEM_EQ(rows[n], table + 1 + 3 * n, sizeof rows[n]);
+    PASS();
+}
+
+TEST the_table_of_a_packed_plan(void) {
+    static const int64_t first[3][3] = {{0, 130, 0}, {130, 0, 2}, {130, 70, 2}}, second[2][3] = {{0, 64, 0}, {64, 136, 1}};
+    static const int32_t other[3] = {0, 64, 200};
+    fqla_context *context = open_cuda();
+    fqla_stream stream = stream_of(primary_context(0));
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan_summary summary;
+    fqla_plan *plan = NULL;
+    int before;
+    desc.checkpoint_every = 1;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    CHECK_CALL(table_holds(plan, 3, first));
+    ASSERT_EQ(1, fake.fake_cuda_copies());
+
+    before = fake.fake_cuda_calls();
+    ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 2, other, stream));
+    ASSERT_EQ(before + 5, fake.fake_cuda_calls()); /* push, whose stream, capturing, one copy, pop */
+    CHECK_CALL(table_holds(plan, 2, second));
+    ASSERT_EQ(2, fake.fake_cuda_copies());
+    ASSERT_EQ(stream, fake.fake_cuda_copy_at(1).stream);
+    ASSERT_EQ(8u + 2 * 24, (unsigned int)fake.fake_cuda_copy_at(1).bytes);
+    fqla_plan_info(plan, &summary);
+    ASSERT_EQ(2, summary.num_seqs);
+    ASSERT_EQ(3, (int)summary.checkpoints);
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+TEST the_table_of_a_padded_plan(void) {
+    static const int64_t full[3][3] = {{0, 70, 0}, {70, 70, 0}, {140, 70, 0}}, ragged[2][3] = {{0, 3, 0}, {70, 64, 0}};
+    static const int32_t lengths[3] = {0, 3, 67};
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    desc.cu_seqlens = NULL;
+    desc.padded_len = 70;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    CHECK_CALL(table_holds(plan, 3, full));
+    ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 2, lengths, NULL));
+    CHECK_CALL(table_holds(plan, 2, ragged));
+    ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 3, NULL, NULL));
+    CHECK_CALL(table_holds(plan, 3, full));
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* Refused while the stream is captured, also the legacy one, and when the copy fails: then the plan is as before. */
+TEST an_update_that_is_refused(void) {
+    static const int64_t rows[3][3] = {{0, 130, 0}, {130, 0, 0}, {130, 70, 0}};
+    static const int32_t other[2] = {0, 200};
+    fqla_context *context = open_cuda();
+    fqla_stream stream = stream_of(primary_context(0));
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan_summary before, after;
+    fqla_plan *plan = NULL;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    memset(&before, 0, sizeof before), memset(&after, 0, sizeof after);
+    fqla_plan_info(plan, &before);
+    fake.fake_cuda_capture_begin(stream);
+    CHECK_CALL(refused(FQLA_ERROR_CAPTURING, fqla_plan_update(plan, 1, other, stream), "is being captured"));
+    CHECK_CALL(refused(FQLA_ERROR_CAPTURING, fqla_plan_update(plan, 1, other, NULL), "CUDA_ERROR_STREAM_CAPTURE_IMPLICIT"));
+    ASSERT_EQ(1, fake.fake_cuda_capture_end(stream));
+    fake.fake_cuda_settings()->fail_call = 4;
+    fake.fake_cuda_settings()->fail_result = 700;
+    CHECK_CALL(refused(FQLA_ERROR_DRIVER, fqla_plan_update(plan, 1, other, stream),
+                       "fqla_plan_update: cuMemcpyHtoDAsync failed: CUDA_ERROR_ILLEGAL_ADDRESS"));
+    fqla_plan_info(plan, &after);
+    ASSERT_MEM_EQ(&before, &after, sizeof before);
+    CHECK_CALL(table_holds(plan, 3, rows));
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* A plan made while another thread captures some stream would end the capture with its allocation; made while the caller's own
+   stream per thread is free, it touches no other stream. */
+TEST creation_stays_off_the_legacy_stream(void) {
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    ASSERT_EQ((void *)2, fake.fake_cuda_copy_at(0).stream);
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+TEST what_cuda_does_not_do(void) {
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    const int before = fake.fake_cuda_calls();
+    desc.strides.k.head = (int64_t)1 << 39;
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "plan_desc.strides.k is { token"));
+    desc = plan_desc();
+    desc.heads_v = 65536;
+    desc.max_seqs = 32768;
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "plan_desc.max_seqs is 32768"));
+    desc = plan_desc();
+    desc.dtype = FQLA_DTYPE_FP32;
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "FP32"));
+    desc = plan_desc();
+    desc.dim_k = 64;
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "dim_k"));
+    desc = plan_desc();
+    desc.backward = 1;
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "backward"));
+    desc = plan_desc();
+    desc.strides.q.head = 132;
+    CHECK_CALL(refused(FQLA_ERROR_MISALIGNED, fqla_plan_create(context, &desc, &plan), "strides.q"));
+    ASSERT_EQ(before, fake.fake_cuda_calls());
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+TEST the_plan_says_what_runs(void) {
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan_summary summary;
+    fqla_plan *plan = NULL;
+    size_t bytes = 1;
+    desc.dtype = FQLA_DTYPE_FP16;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    ASSERT_EQ(FQLA_OK, fqla_plan_info(plan, &summary));
+    ASSERT_EQ(FQLA_BACKEND_CUDA, summary.backend);
+    ASSERT_STR_EQ("cuda forward_fp16 (" FORM ")", summary.forward);
+    ASSERT(strstr(summary.decode, "as sequences of one token") != NULL);
+    ASSERT(strstr(summary.backward, "none") != NULL);
+    ASSERT(summary.schedule[0] != '\0');
+    ASSERT_EQ(FQLA_OK, fqla_workspace_size(plan, &bytes));
+    ASSERT_EQ(0u, (unsigned int)bytes);
+    ASSERT_EQ(0u, (unsigned int)(summary.workspace_size + summary.residuals_size));
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+SUITE(plans) {
+    SET_SETUP(start, NULL);
+    RUN_TEST(the_table_of_a_packed_plan);
+    RUN_TEST(the_table_of_a_padded_plan);
+    RUN_TEST(an_update_that_is_refused);
+    RUN_TEST(creation_stays_off_the_legacy_stream);
+    RUN_TEST(what_cuda_does_not_do);
+    RUN_TEST(the_plan_says_what_runs);
+}
+
+/* ---- runs */
+
+static enum greatest_test_res map_holds(const fqla__tensor_map *map, const void *tensor, uint64_t heads, uint64_t rows,
+                                        uint64_t head_stride, uint64_t token_stride, uint32_t columns, uint32_t type,
+                                        uint32_t swizzle) {
+    fake_cuda_tensor_map m;
+    memcpy(&m, map, sizeof m);
+    ASSERT(m.magic == FAKE_CUDA_TENSOR_MAP_MAGIC);
+    ASSERT(m.address == (uintptr_t)tensor);
+    ASSERT(m.dims[0] == 128 && m.dims[1] == heads && m.dims[2] == rows);
+    ASSERT(m.strides[0] == head_stride * 2 && m.strides[1] == token_stride * 2);
+    ASSERT(m.box[0] == columns && m.box[1] == 1 && m.box[2] == 64);
+    ASSERT_EQ(type, m.type);
+    ASSERT_EQ(swizzle, m.swizzle);
+    PASS();
+}
+
+/* Every field of the parameters, with nothing left at its default. */
+TEST the_launch_of_a_forward(void) {
+    fqla_context *context = open_cuda();
+    fqla_stream stream = stream_of(primary_context(0));
+    void *memory = NULL, *more = NULL;
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    fqla_forward_args args;
+    fake_cuda_launch launch;
+    fake_cuda_census before, after;
+    fqla__forward_params p;
+    const size_t state = HEADS_V * 128 * 128 * 2;
+    int calls;
+    desc.max_seqs = 5;
+    desc.max_tokens = 300;
+    desc.dtype = FQLA_DTYPE_FP16;
+    desc.state_dtype = FQLA_DTYPE_BF16;
+    desc.state_layout = FQLA_STATE_VK;
+    desc.head_map = FQLA_HEAD_MAP_MOD;
+    desc.gate = FQLA_GATE_RAW;
+    desc.beta = FQLA_BETA_SIGMOID;
+    desc.negative_eigenvalues = desc.l2norm = 1;
+    desc.scale = 0.5f;
+    desc.pool_size = 9;
+    desc.checkpoint_every = 2;
+    desc.strides.q.head = 136, desc.strides.q.token = 400;
+    desc.strides.o.head = 300 * 128 + 64, desc.strides.o.token = 128;
+    desc.strides.g.token = 7, desc.strides.beta.token = 9, desc.strides.beta.head = 2;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, (size_t)4 << 20, &memory));
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, state * 20 + 4096, &more));
+    memset(&args, 0, sizeof args);
+    args.q = memory;
+    args.k = (char *)memory + 0x40000;
+    args.v = (char *)memory + 0x80000;
+    args.o = (char *)memory + 0x100000;
+    args.g = (char *)memory + 0x180000;
+    args.beta = (char *)memory + 0x190000;
+    args.A_log = (const float *)((char *)memory + 0x1a0000);
+    args.dt_bias = (const float *)((char *)memory + 0x1b0000);
+    args.state_in = (const int32_t *)((char *)memory + 0x1c0000);
+    args.state_out = (const int32_t *)((char *)memory + 0x1d0000);
+    args.bad_index_count = (uint32_t *)((char *)memory + 0x1e0000);
+    args.h0 = more;
+    args.ht = (char *)more + 9 * state;
+    args.checkpoints = (char *)more + 18 * state;
+
+    before = fake.fake_cuda_count();
+    calls = fake.fake_cuda_calls();
+    ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, stream));
+    ASSERT_EQ(calls + 8, fake.fake_cuda_calls()); /* push, whose stream, four maps, launch, pop */
+    after = fake.fake_cuda_count();
+    ASSERT_MEM_EQ(&before, &after, sizeof before);
+    ASSERT_EQ(1, fake.fake_cuda_launches());
+    launch = fake.fake_cuda_launch_at(0);
+    ASSERT_STR_EQ("forward_fp16", launch.kernel);
+    ASSERT_EQ(HEADS_V * 5u, launch.grid[0]);
+    ASSERT_EQ(1u, launch.grid[1] * launch.grid[2]);
+    ASSERT_EQ((unsigned int)FQLA__FORWARD_THREADS, launch.block[0]);
+    ASSERT_EQ(1u, launch.block[1] * launch.block[2]);
+    ASSERT_EQ((unsigned int)FQLA__FORWARD_SHARED_BYTES, launch.shared_bytes);
+    ASSERT_EQ(stream, launch.stream);
+    ASSERT_EQ(primary_context(0), launch.context);
+
+    memcpy(&p, launch.parameters, sizeof p);
+    CHECK_CALL(map_holds(&p.q, args.q, HEADS_QK, 300, 136, 400, 64, 6, 3));
+    CHECK_CALL(map_holds(&p.k, args.k, HEADS_QK, 300, 128, 256, 64, 6, 3));
+    CHECK_CALL(map_holds(&p.v, args.v, HEADS_V, 300, 128, 512, 64, 6, 3));
+    CHECK_CALL(map_holds(&p.o, args.o, HEADS_V, 300, 300 * 128 + 64, 128, 16, 6, 1));
+    ASSERT(p.g == args.g && p.beta == args.beta && p.A_log == args.A_log && p.dt_bias == args.dt_bias);
+    ASSERT(p.h0 == args.h0 && p.ht == args.ht && p.o_rows == args.o && p.snapshots == args.checkpoints);
+    ASSERT(p.state_in == args.state_in && p.state_out == args.state_out && p.bad_index_count == args.bad_index_count);
+    ASSERT((uintptr_t)p.table == plan->cuda.table);
+    ASSERT(p.g_token == 7 && p.g_head == 1 && p.beta_token == 9 && p.beta_head == 2);
+    ASSERT(p.o_token == 128 && p.o_head == 300 * 128 + 64);
+    ASSERT(p.heads_qk == HEADS_QK && p.heads_v == HEADS_V);
+    ASSERT(p.head_map == FQLA_HEAD_MAP_MOD && p.state_layout == FQLA_STATE_VK);
+    ASSERT(p.gate == FQLA_GATE_RAW && p.beta_form == FQLA_BETA_SIGMOID);
+    ASSERT(p.negative_eigenvalues == 1 && p.l2norm == 1 && p.state_bf16 == 1);
+    ASSERT(p.pool_size == 9 && p.checkpoint_every == 2 && p.decode_tokens == 0 && p.scale == 0.5f);
+    fqla_free(context, memory);
+    fqla_free(context, more);
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+TEST the_launch_of_a_decode(void) {
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    fqla_decode_args args;
+    fake_cuda_launch launch;
+    fqla__forward_params p;
+    void *memory = NULL;
+    desc.checkpoint_every = 1;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes, &memory));
+    args = decode_args_in(memory);
+    ASSERT_EQ(FQLA_OK, fqla_decode(plan, &args, NULL));
+    launch = fake.fake_cuda_launch_at(0);
+    ASSERT_STR_EQ("forward_bf16", launch.kernel);
+    ASSERT_EQ((unsigned int)(HEADS_V * SEQS), launch.grid[0]);
+    memcpy(&p, launch.parameters, sizeof p);
+    ASSERT(p.decode_tokens == 1 && p.checkpoint_every == 0 && p.snapshots == NULL && p.h0 == NULL && p.state_bf16 == 0);
+    CHECK_CALL(map_holds(&p.v, args.v, HEADS_V, SEQS, 128, 512, 64, 9, 3));
+    CHECK_CALL(map_holds(&p.o, args.o, HEADS_V, SEQS, 128, 512, 16, 9, 1));
+    args.num_tokens = 2;
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_decode(plan, &args, NULL), "num_tokens is over 1"));
+    args.num_tokens = 1;
+    args.states = args.ht;
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_decode(plan, &args, NULL), "states is given"));
+    ASSERT_EQ(1, fake.fake_cuda_launches());
+    fqla_free(context, memory);
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* A plan of empty sequences alone: maps have a row, for the driver takes none without. */
+TEST no_tokens_at_all(void) {
+    static const int32_t none[2] = {0, 0};
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    fqla_forward_args args;
+    void *memory = NULL;
+    desc.num_seqs = 1;
+    desc.cu_seqlens = none;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes, &memory));
+    args = args_in(memory);
+    ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL));
+    ASSERT_EQ(1, fake.fake_cuda_launches());
+    fqla_free(context, memory);
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* A forward and a decode are captured; the capture is whole, and updates afterwards reach its table without another launch. */
+TEST a_run_is_captured(void) {
+    static const int32_t other[2] = {0, 5};
+    fqla_context *context = open_cuda();
+    fqla_stream stream = stream_of(primary_context(0));
+    void *memory = NULL;
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    fqla_forward_args args;
+    fqla_decode_args decode;
+    fqla__forward_params p;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes, &memory));
+    args = args_in(memory);
+    decode = decode_args_in(memory);
+    fake.fake_cuda_capture_begin(stream);
+    ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, stream));
+    ASSERT_EQ(FQLA_OK, fqla_decode(plan, &decode, stream));
+    ASSERT_EQ(1, fake.fake_cuda_capture_end(stream));
+    ASSERT_EQ(2, fake.fake_cuda_launches());
+    ASSERT_EQ(1, fake.fake_cuda_launch_at(0).captured);
+    ASSERT_EQ(1, fake.fake_cuda_launch_at(1).captured);
+    ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 1, other, stream));
+    memcpy(&p, fake.fake_cuda_launch_at(0).parameters, sizeof p);
+    ASSERT(p.table[0] == 1 && p.table[2] == 5);
+    ASSERT_EQ(2, fake.fake_cuda_launches());
+    fqla_free(context, memory);
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* Bad arguments never reach the driver. */
+TEST bad_arguments(void) {
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    fqla_forward_args args;
+    fqla_backward_args backward;
+    void *memory = NULL;
+    int calls;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes, &memory));
+    calls = fake.fake_cuda_calls();
+    args = args_in(memory);
+    args.q = (const char *)args.q + 8;
+    CHECK_CALL(refused(FQLA_ERROR_MISALIGNED, fqla_forward(plan, &args, NULL), "q is"));
+    args = args_in(memory);
+    args.beta = NULL;
+    CHECK_CALL(refused(FQLA_ERROR_NULL_POINTER, fqla_forward(plan, &args, NULL), "beta"));
+    args = args_in(memory);
+    args.o = (void *)(uintptr_t)args.v;
+    CHECK_CALL(refused(FQLA_ERROR_OVERLAP, fqla_forward(plan, &args, NULL), "overlaps"));
+    memset(&backward, 0, sizeof backward);
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_backward(plan, &backward, NULL), "backward"));
+    ASSERT_EQ(calls, fake.fake_cuda_calls());
+    fqla_free(context, memory);
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+SUITE(runs) {
+    SET_SETUP(start, NULL);
+    RUN_TEST(the_launch_of_a_forward);
+    RUN_TEST(the_launch_of_a_decode);
+    RUN_TEST(no_tokens_at_all);
+    RUN_TEST(a_run_is_captured);
+    RUN_TEST(bad_arguments);
+}
+
+/* ---- every driver call fails */
+
+/* A life from context to context. Stops at the first failure, cleans up and returns it. *launched: launches before the clean-up. */
+static fqla_status live(const fqla_context_desc *desc, int *launched) {
+    static const int32_t other[3] = {0, 10, 20};
+    const fqla_plan_desc plan_as = plan_desc();
+    fqla_context *context = NULL;
+    fqla_plan *plan = NULL;
+    fqla_forward_args args;
+    fqla_decode_args decode;
+    fqla_stream stream = NULL;
+    void *memory = NULL;
+    char bytes[64] = {0};
+    fqla_status status = fqla_context_create(desc, &context), last;
+    if (status == FQLA_OK) {
+        stream = stream_of(desc->cuda_context != NULL ? desc->cuda_context : primary_context(0));
+        status = fqla_alloc(context, args_bytes, &memory);
+    }
+    args = args_in(memory);
+    decode = decode_args_in(memory);
+    if (status == FQLA_OK) status = fqla_upload(context, memory, bytes, sizeof bytes, stream);
+    if (status == FQLA_OK) status = fqla_plan_create(context, &plan_as, &plan);
+    if (status == FQLA_OK) status = fqla_forward(plan, &args, stream);
+    if (status == FQLA_OK) status = fqla_plan_update(plan, 2, other, stream);
+    if (status == FQLA_OK) status = fqla_decode(plan, &decode, NULL);
+    if (status == FQLA_OK) status = fqla_synchronize(context, stream);
+    if (status == FQLA_OK) status = fqla_download(context, bytes, memory, sizeof bytes, NULL);
+    *launched = fake.fake_cuda_launches();
+    fqla_plan_destroy(plan);
+    last = memory != NULL ? fqla_free(context, memory) : FQLA_OK;
+    if (status == FQLA_OK) status = last;
+    if (stream != NULL) fake.fake_cuda_stream_destroy(stream);
+    last = fqla_context_destroy(context);
+    return status != FQLA_OK ? status : last;
+}
+
+/* "cuMemAlloc_v2" without its version, until the next call of this function. */
+static const char *failed_call(void) {
+    static char name[64];
+    snprintf(name, sizeof name, "%s", fake.fake_cuda_failed_call());
+    if (strstr(name, "_v2") != NULL) *strstr(name, "_v2") = '\0';
+    return name;
+}
+
+static int is_one_of(const char *name, const char *const *names) {
+    for (; *names != NULL; names++)
+        if (strcmp(name, *names) == 0) return 1;
+    return 0;
+}
+
+/* A failure of these leaves what was done as it is, with a line instead of a status. */
+static const char *const noted[] = {"cuCtxPopCurrent", "cuModuleUnload", "cuDevicePrimaryCtxRelease", NULL};
+/* And of these too when they end something. */
+static const char *const noted_at_the_end[] = {"cuCtxPushCurrent", "cuMemFree", NULL};
+/* A cubin that does not load is a cubin refused: its PTX is next. */
+static const char *const loading[] = {"cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", NULL};
+
+static enum greatest_test_res every_call_fails(int borrow, int result, const char *result_name, fqla_status expected) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
+    int n, launched, hit = 1;
+    for (n = 1; hit; n++) {
+        char words[128];
+        const char *name;
+        fqla_status status;
+        start(NULL);
+        if (borrow) desc.cuda_context = new_context();
+        fake.fake_cuda_settings()->fail_call = n;
+        fake.fake_cuda_settings()->fail_result = result;
+        status = live(&desc, &launched);
+        name = failed_call();
+        hit = name[0] != '\0';
+        snprintf(words, sizeof words, "%s failed: %s", name, result_name);
+        if (!hit) {
+            ASSERT_EQ(FQLA_OK, status);
+            ASSERT_EQ(0, host.errors + host.infos);
+        } else if (status == FQLA_OK) { /* a line about it, and all else went on */
+            ASSERTm(name, is_one_of(name, noted) || is_one_of(name, noted_at_the_end) || is_one_of(name, loading));
+            ASSERTm(name, strstr(host.infos_text, words) != NULL);
+            ASSERT_EQm(name, 0, host.errors);
+        } else {
+            const int refusal = strcmp(name, "cuInit") == 0 || is_one_of(name, loading);
+            ASSERTm(name, !is_one_of(name, noted));
+            ASSERTm(name, strstr(host.error, words) != NULL);
+            ASSERTm(name, status == expected || (refusal && status == FQLA_ERROR_NO_CUDA));
+            ASSERT_EQm(name, 1, host.errors);
+        }
+        ASSERT_EQm(name, launched, fake.fake_cuda_launches());
+        /* a context that cannot be entered has ended, and took along what was in it; here it still has to */
+        if (borrow && strcmp(name, "cuCtxPushCurrent") == 0) fake.fake_cuda_context_destroy(desc.cuda_context);
+        CHECK_CALL(clean());
+        if (borrow) fake.fake_cuda_context_destroy(desc.cuda_context);
+    }
+    ASSERT(n > 40);
+    return clean();
+}
+
+static const char illegal_address[] = "CUDA_ERROR_ILLEGAL_ADDRESS (an illegal memory access was encountered)";
+
+TEST every_call_fails_on_the_primary_context(void) {
+    CHECK_CALL(every_call_fails(0, 700, illegal_address, FQLA_ERROR_DRIVER));
+    CHECK_CALL(every_call_fails(0, 2, "CUDA_ERROR_OUT_OF_MEMORY (out of memory)", FQLA_ERROR_OUT_OF_MEMORY));
+    return every_call_fails(0, 4711, "unknown error 4711", FQLA_ERROR_DRIVER);
+}
+
+TEST every_call_fails_on_a_borrowed_context(void) {
+    return every_call_fails(1, 700, illegal_address, FQLA_ERROR_DRIVER);
+}
+
+/* Under AUTO whatever fails while the context opens is the reason for the CPU; only memory that ran out is a failure. */
+TEST every_call_fails_under_auto(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_AUTO);
+    int n, hit = 1;
+    for (n = 1; hit; n++) {
+        fqla_context_summary summary;
+        fqla_context *context = NULL;
+        const char *name;
+        start(NULL);
+        fake.fake_cuda_settings()->fail_call = n;
+        fake.fake_cuda_settings()->fail_result = 700;
+        ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+        fake.fake_cuda_settings()->fail_call = 0;
+        name = failed_call();
+        hit = name[0] != '\0';
+        ASSERT_EQ(FQLA_OK, fqla_context_info(context, &summary));
+        if (summary.backend == FQLA_BACKEND_CPU) {
+            ASSERTm(name, strstr(summary.cuda_status, name) != NULL);
+            ASSERT_STR_EQ("", summary.kernel_form);
+            ASSERT_EQ(census_before.modules, fake.fake_cuda_count().modules);
+            ASSERT_EQ(census_before.retains, fake.fake_cuda_count().retains);
+        } else {
+            ASSERT_STR_EQ("ready", summary.cuda_status);
+            ASSERTm(name, !hit || is_one_of(name, noted) || is_one_of(name, loading));
+        }
+        ASSERT_EQ(0, host.errors);
+        ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+        CHECK_CALL(clean());
+    }
+    ASSERT(n > 10);
+    PASS();
+}
+
+/* Each entry point on objects that live on: fails at each of its calls, and works the next time. */
+TEST a_later_call_works(void) {
+    enum { ALLOC, UPLOAD, DOWNLOAD, SYNCHRONIZE, PLAN, UPDATE, FORWARD, DECODE, ENTRY_POINTS };
+    fqla_context *context = open_cuda();
+    fqla_stream stream = stream_of(primary_context(0));
+    void *memory = NULL;
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    fqla_forward_args args;
+    fqla_decode_args decode;
+    char bytes[64] = {0};
+    int entry, n, again;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes, &memory));
+    args = args_in(memory);
+    decode = decode_args_in(memory);
+    for (entry = 0; entry < ENTRY_POINTS; entry++) {
+        const fake_cuda_census before = fake.fake_cuda_count();
+        int hit = 1;
+        for (n = 1; hit; n++)
+            for (again = 0; again < 2; again++) {
+                const int launches = fake.fake_cuda_launches(), copies = fake.fake_cuda_copies();
+                fqla_status status = FQLA_OK;
+                fake_cuda_census after;
+                fqla_plan *made_plan = NULL;
+                void *made = NULL;
+                fake.fake_cuda_settings()->fail_call = again ? 0 : n;
+                fake.fake_cuda_settings()->fail_result = 700;
+                switch (entry) {
+                case ALLOC: status = fqla_alloc(context, 100, &made); break;
+                case UPLOAD: status = fqla_upload(context, memory, bytes, sizeof bytes, stream); break;
+                case DOWNLOAD: status = fqla_download(context, bytes, memory, sizeof bytes, stream); break;
+                case SYNCHRONIZE: status = fqla_synchronize(context, stream); break;
+                case PLAN: status = fqla_plan_create(context, &desc, &made_plan); break;
+                case UPDATE: status = fqla_plan_update(plan, SEQS, cu_seqlens, stream); break;
+                case FORWARD: status = fqla_forward(plan, &args, stream); break;
+                default: status = fqla_decode(plan, &decode, stream); break;
+                }
+                if (fake.fake_cuda_settings()->fail_call > 0) hit = 0; /* n is more than it has calls */
+                fake.fake_cuda_settings()->fail_call = 0;
+                if (again || !hit) ASSERT_EQ(FQLA_OK, status);
+                if (status != FQLA_OK) {
+                    ASSERT_EQ(FQLA_ERROR_DRIVER, status);
+                    ASSERT_EQ(launches, fake.fake_cuda_launches());
+                    ASSERT(made == NULL && made_plan == NULL);
+                } else if (entry >= FORWARD) {
+                    ASSERT_EQ(launches + 1, fake.fake_cuda_launches());
+                } else if (entry == UPDATE) {
+                    ASSERT_EQ(copies + 1, fake.fake_cuda_copies());
+                }
+                fqla_plan_destroy(made_plan);
+                if (made != NULL) ASSERT_EQ(FQLA_OK, fqla_free(context, made));
+                after = fake.fake_cuda_count();
+                ASSERT_MEM_EQ(&before, &after, sizeof before);
+            }
+        ASSERT(n > 3);
+    }
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_free(context, memory));
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+SUITE(failures) {
+    SET_SETUP(start, NULL);
+    RUN_TEST(every_call_fails_on_the_primary_context);
+    RUN_TEST(every_call_fails_on_a_borrowed_context);
+    RUN_TEST(every_call_fails_under_auto);
+    RUN_TEST(a_later_call_works);
+}
+
+/* ---- threads */
+
+enum { THREADS = 4, ROUNDS = 50 };
+
+typedef struct worker {
+    fqla_context *context;
+    fqla_plan *shared; /* run by all: it needs no workspace */
+    fqla_cuda_context current;
+    fqla_stream stream;
+    int failures;
+} worker;
+
+static FLASHQLA__THREAD_RETURN work(void *argument) {
+    worker *w = (worker *)argument;
+    const fqla_plan_desc desc = plan_desc();
+    int i;
+    fake.fake_cuda_push(w->current);
+    for (i = 0; i < ROUNDS; i++) {
+        fqla_forward_args args;
+        fqla_plan *plan = NULL;
+        void *memory = NULL;
+        char sent = (char)i, got = 0;
+        w->failures += fqla_alloc(w->context, args_bytes, &memory) != FQLA_OK;
+        args = args_in(memory);
+        w->failures += fqla_plan_create(w->context, &desc, &plan) != FQLA_OK;
+        w->failures += fqla_upload(w->context, memory, &sent, 1, w->stream) != FQLA_OK;
+        w->failures += fqla_forward(plan, &args, w->stream) != FQLA_OK;
+        w->failures += fqla_forward(w->shared, &args, w->stream) != FQLA_OK;
+        w->failures += fqla_download(w->context, &got, memory, 1, w->stream) != FQLA_OK;
+        w->failures += got != sent || fake.fake_cuda_current() != w->current;
+        fqla_plan_destroy(plan);
+        w->failures += fqla_free(w->context, memory) != FQLA_OK;
+    }
+    fake.fake_cuda_pop();
+    w->failures += fake.fake_cuda_count().stack;
+    return 0;
+}
+
+TEST threads_share_a_context(void) {
+    fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
+    const fqla_plan_desc plan_as = plan_desc();
+    fqla__thread threads[THREADS];
+    worker workers[THREADS];
+    fqla_context *context = NULL;
+    fqla_plan *shared = NULL;
+    fqla_cuda_context other = new_context();
+    int i;
+    desc.alloc = NULL; /* the counting one and the logger are for one thread */
+    desc.free = NULL;
+    desc.log = NULL;
+    ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &plan_as, &shared));
+    for (i = 0; i < THREADS; i++) {
+        workers[i].context = context;
+        workers[i].shared = shared;
+        workers[i].current = other;
+        workers[i].stream = stream_of(primary_context(0));
+        workers[i].failures = 0;
+        ASSERT(fqla__thread_start(&threads[i], work, &workers[i]));
+    }
+    for (i = 0; i < THREADS; i++) fqla__thread_join(threads[i]);
+    for (i = 0; i < THREADS; i++) ASSERT_EQ(0, workers[i].failures);
+    ASSERT_EQ(2 * THREADS * ROUNDS, fake.fake_cuda_launches());
+    fqla_plan_destroy(shared);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    fake.fake_cuda_context_destroy(other);
+    return clean();
+}
+
+SUITE(threads) {
+    SET_SETUP(start, NULL);
+    RUN_TEST(threads_share_a_context);
+}
+
+GREATEST_MAIN_DEFS();
+
+int main(int argc, char **argv) {
+    if (!find_fake()) {
+        fprintf(stderr, "test_cuda_host: " FIRST_LIBRARY " is not the fake driver; LD_LIBRARY_PATH leads to it\n");
+        return 2;
+    }
+    GREATEST_MAIN_BEGIN();
+    RUN_SUITE(opening);
+    RUN_SUITE(memory);
+    RUN_SUITE(plans);
+    RUN_SUITE(runs);
+    RUN_SUITE(failures);
+    RUN_SUITE(threads);
+    GREATEST_MAIN_END();
+}
