@@ -40,34 +40,48 @@ static void print_code(library *lib) {
     fqla_plan_destroy(plan);
 }
 
-static int print_info(const arguments *args) {
-    library lib, cpu;
-    int version = 0;
-    const bool ok = library_open(&lib, args->backend, args->threads);
-    printf("flashqla %d.%d.%d\n", FLASHQLA_VERSION_MAJOR, FLASHQLA_VERSION_MINOR, FLASHQLA_VERSION_PATCH);
-    if (ok && lib.summary.backend == FQLA_BACKEND_CUDA) {
-        version = lib.summary.driver_version;
-        printf("cuda: %s\n  device      %s, compute capability %d.%d, %d multiprocessors\n", lib.summary.cuda_status,
-               lib.summary.device_name, (int)lib.summary.compute_capability / 10, (int)lib.summary.compute_capability % 10,
-               (int)lib.summary.sm_count);
-        printf("  driver      CUDA %d.%d, kernels as %s\n", version / 1000, version % 1000 / 10, lib.summary.kernel_form);
-        print_code(&lib);
-    } else {
-        printf("cuda: cannot be used: %s\n", ok ? lib.summary.cuda_status : lib.message);
+static void print_cuda(library *lib) {
+    const fqla_context_summary *c = &lib->summary;
+    if (c->backend != FQLA_BACKEND_CUDA) {
+        printf("cuda: cannot be used: %s\n", c->cuda_status);
+        return;
     }
-    if (library_open(&cpu, FQLA_BACKEND_CPU, args->threads)) {
-        printf("cpu: ready\n  vectors     %s\n  threads     %d\n", cpu_levels[cpu.summary.cpu_level], (int)cpu.summary.num_threads);
-        print_code(&cpu);
-        library_close(&cpu);
-    } else {
+    printf("cuda: %s\n  device      %s, compute capability %d.%d, %d multiprocessors\n", c->cuda_status, c->device_name,
+           (int)c->compute_capability / 10, (int)c->compute_capability % 10, (int)c->sm_count);
+    printf("  driver      CUDA %d.%d, kernels as %s\n", (int)c->driver_version / 1000, (int)c->driver_version % 1000 / 10, c->kernel_form);
+    print_code(lib);
+}
+
+static void print_cpu(int32_t threads) {
+    library cpu;
+    if (!library_open(&cpu, FQLA_BACKEND_CPU, threads)) {
         printf("cpu: cannot be used: %s\n", cpu.message);
+        return;
     }
-    if (ok) {
-        printf("default: %s\n", lib.summary.backend == FQLA_BACKEND_CUDA ? "cuda" : "cpu");
-        library_close(&lib);
-    } else {
+    printf("cpu: ready\n  vectors     %s\n  threads     %d\n", cpu_levels[cpu.summary.cpu_level], (int)cpu.summary.num_threads);
+    print_code(&cpu);
+    library_close(&cpu);
+}
+
+/* AUTO stands in for CUDA, since it says why there is none and goes on. */
+static int print_info(const arguments *args) {
+    library lib;
+    bool ok = library_open(&lib, args->backend == FQLA_BACKEND_CUDA ? FQLA_BACKEND_AUTO : args->backend, args->threads);
+    if (!ok) {
         complain("%s", lib.message);
+        return FAILURE;
     }
+    printf("flashqla %d.%d.%d\n", FLASHQLA_VERSION_MAJOR, FLASHQLA_VERSION_MINOR, FLASHQLA_VERSION_PATCH);
+    print_cuda(&lib);
+    print_cpu(args->threads);
+    if (args->backend == FQLA_BACKEND_CUDA && lib.summary.backend != FQLA_BACKEND_CUDA) {
+        fflush(stdout);
+        complain("%s", lib.summary.cuda_status);
+        ok = false;
+    } else {
+        printf("runs on: %s\n", lib.summary.backend == FQLA_BACKEND_CUDA ? "cuda" : "cpu");
+    }
+    library_close(&lib);
     return ok ? SUCCESS : FAILURE;
 }
 
