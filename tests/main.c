@@ -2,10 +2,17 @@
 #include "case.h"
 #include "greatest.h"
 
+SUITE_EXTERN(oracle_and_golden);
+SUITE_EXTERN(api);
 SUITE_EXTERN(bad_input);
+SUITE_EXTERN(failures);
 SUITE_EXTERN(forward);
 SUITE_EXTERN(decode);
 SUITE_EXTERN(backward);
+SUITE_EXTERN(numbers);
+SUITE_EXTERN(random_cases);
+SUITE_EXTERN(bits);
+SUITE_EXTERN(threads);
 
 /* After all others: what they shared is given back, to the last block. */
 TEST nothing_is_left(void) {
@@ -43,10 +50,17 @@ int main(int argc, char **argv) {
     if (backend != NULL) test_backend = (fqla_backend)choose("--backend", backend, backends);
     if (level != NULL) test_cpu_level = (fqla_cpu_level)choose("--cpu-level", level, levels);
     GREATEST_MAIN_BEGIN();
+    RUN_SUITE(oracle_and_golden);
+    RUN_SUITE(api);
     RUN_SUITE(bad_input);
+    RUN_SUITE(failures);
     RUN_SUITE(forward);
     RUN_SUITE(decode);
     RUN_SUITE(backward);
+    RUN_SUITE(numbers);
+    RUN_SUITE(random_cases);
+    RUN_SUITE(bits);
+    if (!test_on_cuda()) RUN_SUITE(threads);
     RUN_SUITE(closing);
     case_print_worst();
     GREATEST_MAIN_END();
