@@ -1044,9 +1044,11 @@ static fqla_status live(const fqla_context_desc *desc, int *launched) {
         stream = stream_of(desc->cuda_context != NULL ? desc->cuda_context : primary_context(0));
         status = fqla_alloc(context, args_bytes, &memory);
     }
-    args = args_in(memory);
-    decode = decode_args_in(memory);
-    if (status == FQLA_OK) status = fqla_upload(context, memory, bytes, sizeof bytes, stream);
+    if (status == FQLA_OK) {
+        args = args_in(memory);
+        decode = decode_args_in(memory);
+        status = fqla_upload(context, memory, bytes, sizeof bytes, stream);
+    }
     if (status == FQLA_OK) status = fqla_plan_create(context, &plan_as, &plan);
     if (status == FQLA_OK) status = fqla_forward(plan, &args, stream);
     if (status == FQLA_OK) status = fqla_plan_update(plan, 2, other, stream);
@@ -1169,7 +1171,7 @@ TEST every_call_fails_under_auto(void) {
 
 /* Each entry point on objects that live on: fails at each of its calls, and works the next time. */
 TEST a_later_call_works(void) {
-    enum { ALLOC, UPLOAD, DOWNLOAD, SYNCHRONIZE, PLAN, UPDATE, FORWARD, DECODE, ENTRY_POINTS };
+    enum { ALLOC, UPLOAD, DOWNLOAD, WAIT, PLAN, UPDATE, FORWARD, DECODE, ENTRY_POINTS };
     fqla_context *context = open_cuda();
     fqla_stream stream = stream_of(primary_context(0));
     void *memory = NULL;
@@ -1199,7 +1201,7 @@ TEST a_later_call_works(void) {
                 case ALLOC: status = fqla_alloc(context, 100, &made); break;
                 case UPLOAD: status = fqla_upload(context, memory, bytes, sizeof bytes, stream); break;
                 case DOWNLOAD: status = fqla_download(context, bytes, memory, sizeof bytes, stream); break;
-                case SYNCHRONIZE: status = fqla_synchronize(context, stream); break;
+                case WAIT: status = fqla_synchronize(context, stream); break;
                 case PLAN: status = fqla_plan_create(context, &desc, &made_plan); break;
                 case UPDATE: status = fqla_plan_update(plan, SEQS, cu_seqlens, stream); break;
                 case FORWARD: status = fqla_forward(plan, &args, stream); break;
