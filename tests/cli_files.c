@@ -117,8 +117,10 @@ static void write_like(const safetensors *file, const char *out) {
     static const char *const keys[] = { "scale", "state_layout", "head_map", "l2norm" };
     const char *metadata[9];
     int i, n = 0;
-    for (i = 0; i < 4; i++)
-        if (safetensors_metadata(file, keys[i]) != NULL) metadata[n++] = keys[i], metadata[n++] = safetensors_metadata(file, keys[i]);
+    for (i = 0; i < 4; i++) {
+        const char *text = safetensors_metadata(file, keys[i]);
+        if (text != NULL) metadata[n++] = keys[i], metadata[n++] = text;
+    }
     metadata[n] = NULL;
     must(safetensors_write(out, tensors, count, metadata, error), out);
 }
@@ -132,6 +134,8 @@ static void add_all(const safetensors *file) {
 int main(int argc, char **argv) {
     safetensors a, b;
     int i;
+    memset(&a, 0, sizeof a);
+    memset(&b, 0, sizeof b);
     if (argc >= 3 && strcmp(argv[1], "problem") == 0) {
         make_problem(argv[2], argc - 3, argv + 3);
     } else if (argc == 5 && strcmp(argv[1], "merge") == 0) {
@@ -152,5 +156,7 @@ int main(int argc, char **argv) {
         fputs("usage: cli_files problem OUT [name=value]... | merge A B OUT | poke IN TENSOR VALUE OUT\n", stderr);
         return 2;
     }
+    safetensors_free(&a);
+    safetensors_free(&b);
     return 0;
 }

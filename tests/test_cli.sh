@@ -3,6 +3,9 @@
 # Says what did not hold, and at the end how many checks there were; exit 1 if one did not hold.
 set -u
 flashqla=$1 cli_files=$2
+for program in "$flashqla" "$cli_files"; do
+    [ -x "$program" ] || { echo "test_cli: no program $program" && exit 1; }
+done
 dir=$(mktemp -d)
 trap 'rm -rf "$dir"' EXIT
 checks=0 wrong=0

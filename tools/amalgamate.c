@@ -20,7 +20,7 @@ static int seen_count;
 static char *output;
 static size_t output_size, output_capacity;
 
-static void fail(const char *format, ...) {
+_Noreturn static void fail(const char *format, ...) {
     va_list args;
     va_start(args, format);
     fputs("amalgamate: ", stderr);
@@ -90,7 +90,6 @@ static char *find(const char *beside, const char *name, char path[MAX_PATH]) {
         length = snprintf(path, MAX_PATH, "%s/%s", dirs[i], name);
     }
     fail("the path of \"%s\" is too long", name);
-    return NULL;
 }
 
 static bool is_new(const char *path) {

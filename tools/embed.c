@@ -17,7 +17,7 @@ static const char head[] =
     "} fqla__cuda_image;\n"
     "\n";
 
-static void fail(const char *path, const char *what) {
+_Noreturn static void fail(const char *path, const char *what) {
     fprintf(stderr, "embed: %s %s\n", path, what);
     exit(1);
 }

@@ -48,7 +48,8 @@ static void print_cuda(library *lib) {
     }
     printf("cuda: %s\n  device      %s, compute capability %d.%d, %d multiprocessors\n", c->cuda_status, c->device_name,
            (int)c->compute_capability / 10, (int)c->compute_capability % 10, (int)c->sm_count);
-    printf("  driver      CUDA %d.%d, kernels as %s\n", (int)c->driver_version / 1000, (int)c->driver_version % 1000 / 10, c->kernel_form);
+    printf("  driver      CUDA %d.%d, kernels as %s\n", (int)c->driver_version / 1000, (int)c->driver_version % 1000 / 10,
+           c->kernel_form);
     print_code(lib);
 }
 
