@@ -1,6 +1,8 @@
 /* The fake CUDA driver (see fake_cuda.h). It is strict where the real one is lenient or crashes: a handle that is not alive, a call
    without the context it needs, a launch beyond the limits and the like are written down as misuse, and refused.
 
+   A copy is done when its stream is waited for and no sooner, except that pageable memory is read at once.
+
    An injected failure acts as a real one does: a call that begins something has not begun it, and one that ends something (pop,
    free, unload, release) has done its work and reports what an earlier launch did. */
 #define FAKE_CUDA_DRIVER
@@ -85,6 +87,16 @@ typedef struct allocation {
     struct allocation *next;
 } allocation;
 
+/* A copy that waits for its stream. */
+typedef struct pending {
+    void *stream;
+    void *to;
+    const void *from; /* staged, where it is an upload */
+    void *staged;     /* NULL: a download */
+    size_t bytes;
+    struct pending *next;
+} pending;
+
 enum { MAX_DEVICES = 8, MAX_OBJECTS = 4096, MAX_RECORDS = 256, MAX_STACK = 32 };
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
@@ -98,6 +110,7 @@ static stream streams[MAX_OBJECTS];
 static module modules[MAX_OBJECTS];
 static int num_contexts, num_streams, num_modules;
 static allocation *allocations;
+static pending *queue; /* of all streams, oldest first */
 static fake_cuda_launch launches[MAX_RECORDS];
 static fake_cuda_copy copies[MAX_RECORDS];
 static int num_launches, num_copies;
@@ -199,10 +212,43 @@ static allocation *find_allocation(const void *address, size_t bytes) {
     return a;
 }
 
+/* Do the copies of a stream, or of all. */
+static void flush(const void *handle, int all) {
+    pending **at = &queue;
+    while (*at != NULL) {
+        pending *p = *at;
+        if (!all && p->stream != handle) {
+            at = &p->next;
+            continue;
+        }
+        memcpy(p->to, p->from, p->bytes);
+        *at = p->next;
+        free(p->staged);
+        free(p);
+    }
+}
+
+static int enqueue(void *handle, void *to, const void *from, size_t bytes, int upload) {
+    pending **at = &queue, *p = (pending *)calloc(1, sizeof *p);
+    if (p == NULL || (upload && (p->staged = malloc(bytes)) == NULL)) {
+        free(p);
+        return 0;
+    }
+    if (upload) memcpy(p->staged, from, bytes);
+    p->stream = handle;
+    p->to = to;
+    p->from = upload ? p->staged : from;
+    p->bytes = bytes;
+    while (*at != NULL) at = &(*at)->next;
+    *at = p;
+    return 1;
+}
+
 /* What a context owned ends with it. */
 static void drop_context(context *owner) {
     allocation **at = &allocations;
     int i;
+    flush(NULL, 1);
     owner->alive = 0;
     for (i = 0; i < num_modules; i++)
         if (modules[i].owner == owner) modules[i].alive = 0;
@@ -445,6 +491,7 @@ FAKE_CUDA_API CUresult cuMemFree_v2(uintptr_t address) {
     if (unsafe() != CUDA_SUCCESS) return end(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
     while (*at != NULL && (uintptr_t)(*at)->start != address) at = &(*at)->next;
     if (*at == NULL) return end(CUDA_ERROR_INVALID_VALUE);
+    flush(NULL, 1);
     a = *at;
     *at = a->next;
     free(a->raw);
@@ -460,6 +507,7 @@ static CUresult copy(const char *call, void *to, const void *from, size_t bytes,
     if (result != CUDA_SUCCESS) return end(result);
     if (find_allocation(upload ? to : from, bytes) == NULL)
         return end(breach(CUDA_ERROR_INVALID_VALUE, "%s outside device memory", call));
+    if (!captured && !enqueue(stream_handle, to, from, bytes, upload)) return end(CUDA_ERROR_OUT_OF_MEMORY);
     record.to = (uintptr_t)to;
     record.from = (uintptr_t)from;
     record.bytes = bytes;
@@ -468,7 +516,6 @@ static CUresult copy(const char *call, void *to, const void *from, size_t bytes,
     record.captured = captured;
     if (num_copies < MAX_RECORDS) copies[num_copies] = record;
     num_copies++;
-    if (!captured) memcpy(to, from, bytes);
     return end(CUDA_SUCCESS);
 }
 
@@ -489,6 +536,7 @@ FAKE_CUDA_API CUresult cuStreamSynchronize(void *handle) {
         valid_stream(handle)->capture = 2;
         return end(breach(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, "cuStreamSynchronize of a stream that is being captured"));
     }
+    flush(handle, 0);
     return end(CUDA_SUCCESS);
 }
 

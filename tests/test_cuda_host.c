@@ -1,12 +1,13 @@
 /* The CUDA backend's host side on the fake driver: opening and its refusals, memory, plans, launches, every driver call failing.
    The driver's library is found as a user's program finds it (the test's command sets LD_LIBRARY_PATH), through two stand-ins that
-   can hide the library or one of its symbols. */
+   can hide the library or one of its symbols, and a third that counts what is closed. */
 #include <stdio.h>
 #include <string.h>
 #if defined(_WIN32)
 #include <windows.h>
 #define FIRST_LIBRARY "nvcuda.dll"
 static void *real_open(const char *name) { return (void *)LoadLibraryA(name); }
+static int real_close(void *library) { return FreeLibrary((HMODULE)library); }
 static void *real_symbol(void *library, const char *name) {
     FARPROC address = GetProcAddress((HMODULE)library, name);
     void *pointer;
@@ -17,18 +18,29 @@ static void *real_symbol(void *library, const char *name) {
 #include <dlfcn.h>
 #define FIRST_LIBRARY "libcuda.so.1"
 static void *real_open(const char *name) { return dlopen(name, RTLD_NOW | RTLD_LOCAL); }
+static int real_close(void *library) { return dlclose(library); }
 static void *real_symbol(void *library, const char *name) { return dlsym(library, name); }
 #endif
 
 static int hide_library;
 static const char *hide_symbol;
 static char opened_names[128];
+static int libraries_open;
 
 static void *open_or_hide(const char *name) {
-    if (!hide_library) return real_open(name);
+    if (!hide_library) {
+        void *library = real_open(name);
+        libraries_open += library != NULL;
+        return library;
+    }
     strncat(opened_names, name, sizeof opened_names - strlen(opened_names) - 2);
     strcat(opened_names, " ");
     return NULL;
+}
+
+static int close_and_count(void *library) {
+    libraries_open--;
+    return real_close(library);
 }
 
 static void *symbol_or_hide(void *library, const char *name) {
@@ -43,9 +55,11 @@ static FARPROC proc_or_hide(HMODULE library, const char *name) {
     return address;
 }
 #define LoadLibraryA(name) ((HMODULE)open_or_hide(name))
+#define FreeLibrary(library) close_and_count(library)
 #define GetProcAddress(library, name) proc_or_hide(library, name)
 #else
 #define dlopen(name, flags) open_or_hide(name)
+#define dlclose(library) close_and_count(library)
 #define dlsym(library, name) symbol_or_hide(library, name)
 #endif
 
@@ -366,6 +380,7 @@ TEST without_any_one_symbol(void) {
         FLASHQLA__CUDA_FUNCTIONS(FLASHQLA__X)
 #undef FLASHQLA__X
     };
+    const int open_before = libraries_open;
     size_t i;
     for (i = 0; i < sizeof names / sizeof names[0]; i++) {
         char words[128];
@@ -374,6 +389,7 @@ TEST without_any_one_symbol(void) {
         snprintf(words, sizeof words, "the CUDA driver is too old: " FIRST_LIBRARY " has no %s", names[i]);
         CHECK_CALL(falls_back(NULL, words));
         ASSERT_EQ(0, fake.fake_cuda_calls());
+        ASSERT_EQ(open_before, libraries_open);
     }
     PASS();
 }
@@ -509,8 +525,8 @@ TEST a_round_trip(void) {
     ASSERT_EQ(FQLA_OK, fqla_alloc(context, sizeof sent, &memory));
     ASSERT_EQ(0u, (unsigned int)((uintptr_t)memory % 256));
     ASSERT_EQ(FQLA_OK, fqla_upload(context, memory, sent, sizeof sent, stream));
+    ASSERT_MEM_EQ(sent, memory, sizeof sent); /* both return when the copy is done */
     ASSERT_EQ(FQLA_OK, fqla_download(context, got, memory, sizeof got, NULL));
-    ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
     ASSERT_MEM_EQ(sent, got, sizeof sent);
     ASSERT_EQ(2, fake.fake_cuda_copies());
     ASSERT_EQ(stream, fake.fake_cuda_copy_at(0).stream);
@@ -666,6 +682,8 @@ TEST the_table_of_a_packed_plan(void) {
     before = fake.fake_cuda_calls();
     ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 2, other, stream));
     ASSERT_EQ(before + 5, fake.fake_cuda_calls()); /* push, whose stream, capturing, one copy, pop */
+    CHECK_CALL(table_holds(plan, 3, first)); /* ordered on the stream: not yet */
+    ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
     CHECK_CALL(table_holds(plan, 2, second));
     ASSERT_EQ(2, fake.fake_cuda_copies());
     ASSERT_EQ(stream, fake.fake_cuda_copy_at(1).stream);
@@ -689,8 +707,10 @@ TEST the_table_of_a_padded_plan(void) {
     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
     CHECK_CALL(table_holds(plan, 3, full));
     ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 2, lengths, NULL));
+    ASSERT_EQ(FQLA_OK, fqla_synchronize(context, NULL));
     CHECK_CALL(table_holds(plan, 2, ragged));
     ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 3, NULL, NULL));
+    ASSERT_EQ(FQLA_OK, fqla_synchronize(context, NULL));
     CHECK_CALL(table_holds(plan, 3, full));
     fqla_plan_destroy(plan);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
@@ -719,6 +739,7 @@ TEST an_update_that_is_refused(void) {
                        "fqla_plan_update: cuMemcpyHtoDAsync failed: CUDA_ERROR_ILLEGAL_ADDRESS"));
     fqla_plan_info(plan, &after);
     ASSERT_MEM_EQ(&before, &after, sizeof before);
+    ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
     CHECK_CALL(table_holds(plan, 3, rows));
     fqla_plan_destroy(plan);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
@@ -978,6 +999,7 @@ TEST a_run_is_captured(void) {
     ASSERT_EQ(1, fake.fake_cuda_launch_at(0).captured);
     ASSERT_EQ(1, fake.fake_cuda_launch_at(1).captured);
     ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 1, other, stream));
+    ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
     memcpy(&p, fake.fake_cuda_launch_at(0).parameters, sizeof p);
     ASSERT(p.table[0] == 1 && p.table[2] == 5);
     ASSERT_EQ(2, fake.fake_cuda_launches());
