@@ -2,47 +2,48 @@
 
 /*
     A task is a (sequence, v-head), or a block of its columns where there are too few of those to occupy the threads. It walks
-    the sequence in segments of up to 64 tokens: it prepares the segment's tiles (rows of q and k in float32, gates, dot
-    products) once, and then takes every block of the state through all of them, so that the block stays in the L1 cache.
-
-    Rows of one head lie kilobytes apart, where no hardware prefetcher follows. While a segment is computed, the next one's rows
-    are prefetched, a share with every step.
+    the sequence in segments of up to 64 tokens: it fetches the segment's rows of q, k and v as float32 and prepares its tiles,
+    takes every block of the state through all of them, so that the block stays in the L1 cache, and stores the rows of o.
+    Fetching and storing whole rows at once matters: rows of one head lie kilobytes apart, where no prefetcher follows, and
+    steps that read and write them piecemeal took twice as long.
 */
 enum { FQLA__SEGMENT = FLASHQLA_CHUNK };
 
 /* A thread's piece of workspace. */
 typedef struct fqla__forward_slot {
     float *k, *q;      /* [FQLA__SEGMENT, D_k], normalised where the plan asks for it */
-    fqla__tile *tiles; /* the segment's, up to FQLA__SEGMENT */
-    float *v, *o;      /* [FQLA__TILE, FQLA__COLUMNS]: a block's rows where the tensors' own cannot be used */
+    float *v, *o;      /* [FQLA__SEGMENT, blocks * FQLA__COLUMNS]; columns from D_v on are zero */
+    float *state;      /* [blocks, D_k, FQLA__COLUMNS], likewise */
     float *rows;       /* [8, D_k]: on the way to or from a state of layout VK */
-    float *state;      /* [blocks, D_k, FQLA__COLUMNS]; columns from D_v on hold nothing of interest */
+    fqla__tile *tiles; /* the segment's, up to FQLA__SEGMENT */
 } fqla__forward_slot;
 
 static int32_t fqla__forward_blocks(const fqla_plan_desc *d) { return (d->dim_v + FQLA__COLUMNS - 1) / FQLA__COLUMNS; }
 
-/* Lay a slot out in memory and return its bytes (416 KB at most); memory NULL: only that. */
+/* Columns of the slot's v and o: D_v in whole blocks. */
+static int32_t fqla__forward_columns(const fqla_plan_desc *d) { return fqla__forward_blocks(d) * FQLA__COLUMNS; }
+
+/* Lay a slot out in memory and return its bytes (540 KB at most); memory NULL: only that. */
 static int64_t fqla__forward_slot_layout(const fqla_plan_desc *d, char *memory, fqla__forward_slot *slot) {
     enum { PARTS = 7 };
-    const int64_t number = (int64_t)sizeof(float), segment = FQLA__SEGMENT * d->dim_k * number;
-    const int64_t tile = FQLA__TILE * FQLA__COLUMNS * number, state = fqla__forward_blocks(d) * d->dim_k * FQLA__COLUMNS * number;
+    const int64_t columns = fqla__forward_columns(d);
     int64_t sizes[PARTS], offsets[PARTS + 1];
     int i;
-    sizes[0] = sizes[1] = segment;
-    sizes[2] = FQLA__SEGMENT * (int64_t)sizeof(fqla__tile);
-    sizes[3] = sizes[4] = tile;
-    sizes[5] = 8 * d->dim_k * number;
-    sizes[6] = state;
+    sizes[0] = sizes[1] = FQLA__SEGMENT * (int64_t)sizeof(float) * d->dim_k;
+    sizes[2] = sizes[3] = FQLA__SEGMENT * (int64_t)sizeof(float) * columns;
+    sizes[4] = (int64_t)sizeof(float) * d->dim_k * columns;
+    sizes[5] = 8 * (int64_t)sizeof(float) * d->dim_k;
+    sizes[6] = FQLA__SEGMENT * (int64_t)sizeof(fqla__tile);
     offsets[0] = 0;
     for (i = 0; i < PARTS; i++) offsets[i + 1] = offsets[i] + fqla__round_up(sizes[i], FQLA__ALIGNMENT);
     if (memory == NULL) return offsets[PARTS];
     slot->k = (float *)(void *)(memory + offsets[0]);
     slot->q = (float *)(void *)(memory + offsets[1]);
-    slot->tiles = (fqla__tile *)(void *)(memory + offsets[2]);
-    slot->v = (float *)(void *)(memory + offsets[3]);
-    slot->o = (float *)(void *)(memory + offsets[4]);
+    slot->v = (float *)(void *)(memory + offsets[2]);
+    slot->o = (float *)(void *)(memory + offsets[3]);
+    slot->state = (float *)(void *)(memory + offsets[4]);
     slot->rows = (float *)(void *)(memory + offsets[5]);
-    slot->state = (float *)(void *)(memory + offsets[6]);
+    slot->tiles = (fqla__tile *)(void *)(memory + offsets[6]);
     return offsets[PARTS];
 }
 
@@ -59,66 +60,9 @@ typedef struct fqla__forward_head {
     fqla__forward_slot slot;
     fqla__sequence sequence;
     int32_t h, h_qk;
-    int32_t first, last; /* blocks first .. last - 1 are this task's */
+    int32_t x_begin, x_end; /* this task's columns, whole blocks */
+    int32_t columns;        /* those of them that exist, x_end being past D_v where the last block is narrow */
 } fqla__forward_head;
-
-/* Tokens start .. start + len - 1 of the sequence. */
-typedef struct fqla__segment {
-    int32_t start, len;
-} fqla__segment;
-
-/* Tokens of the tile at token t of the segment. */
-static int32_t fqla__tile_count(fqla__segment segment, int32_t t) { return segment.len - t >= FQLA__TILE ? FQLA__TILE : 1; }
-
-/* Multiply a tile's scalars out; alpha, beta [count]. */
-static void fqla__tile_prepare(fqla__tile *tile, const fqla__products *p, const float *alpha, const float *beta, float scale) {
-    float decay[FQLA__TILE]; /* D_cj of the c at hand */
-    float from_start = 1.0f; /* G_c */
-    int32_t c, j;
-    for (c = 0; c < tile->count; c++) {
-        from_start *= alpha[c];
-        for (j = 0; j < c; j++) decay[j] *= alpha[c];
-        decay[c] = 1.0f;
-        tile->uv[c] = beta[c];
-        tile->us[c] = -beta[c] * from_start;
-        for (j = 0; j < c; j++) tile->uu[c][j] = -beta[c] * decay[j] * p->kk[c][j];
-        tile->os[c] = scale * from_start;
-        for (j = 0; j <= c; j++) tile->ou[c][j] = scale * decay[j] * p->qk[c][j];
-    }
-    for (j = 0; j < tile->count; j++) tile->su[j] = decay[j];
-    tile->ss = from_start;
-}
-
-static void fqla__segment_prepare(const fqla__forward_head *head, fqla__segment segment) {
-    const fqla__run *run = head->run;
-    const fqla_plan_desc *d = head->desc;
-    const fqla_tensor_strides *s = &d->strides;
-    fqla__tile *tile = head->slot.tiles;
-    fqla__products products;
-    float alpha[FQLA__TILE], beta[FQLA__TILE];
-    int32_t t, c;
-    for (t = 0; t < segment.len; t += tile->count, tile++) {
-        float *k = head->slot.k + t * d->dim_k, *q = head->slot.q + t * d->dim_k;
-        tile->count = fqla__tile_count(segment, t);
-        tile->k = k;
-        tile->q = q;
-        for (c = 0; c < tile->count; c++, k += d->dim_k, q += d->dim_k) {
-            const int64_t row = head->sequence.row + segment.start + t + c;
-            const float g = fqla__load(run->g, row * s->g.token + head->h * s->g.head, fqla__g_dtype(d));
-            const float b = fqla__load(run->beta, row * s->beta.token + head->h * s->beta.head, fqla__beta_dtype(d));
-            alpha[c] = fqla__alpha(d, g, run->A_log, run->dt_bias, head->h);
-            beta[c] = fqla__beta(d, b);
-            fqla__row_load(head->level, k, run->k, row * s->k.token + head->h_qk * s->k.head, d->dim_k, d->dtype);
-            fqla__row_load(head->level, q, run->q, row * s->q.token + head->h_qk * s->q.head, d->dim_k, d->dtype);
-            if (d->l2norm) {
-                fqla__normalise_row(head->level, k, d->dim_k);
-                fqla__normalise_row(head->level, q, d->dim_k);
-            }
-        }
-        fqla__tile_products(head->level, &products, tile, d->dim_k);
-        fqla__tile_prepare(tile, &products, alpha, beta, d->scale);
-    }
-}
 
 /* Columns of the block that starts at column x. */
 static int32_t fqla__block_columns(const fqla_plan_desc *d, int32_t x) {
@@ -191,76 +135,103 @@ static void fqla__block_store(const fqla__forward_head *head, void *states, int6
     }
 }
 
-static void fqla__prefetch_row(const void *tensor, int64_t index, int32_t count, fqla_dtype dtype) {
-#if defined(__GNUC__) && !defined(__TINYC__)
-    const char *from = (const char *)tensor + index * fqla__dtype_size(dtype), *end = from + count * fqla__dtype_size(dtype);
-    for (; from < end; from += 64) __builtin_prefetch(from);
-#else
-    (void)tensor, (void)index, (void)count, (void)dtype;
-#endif
+/* Tokens start .. start + len - 1 of the sequence. */
+typedef struct fqla__segment {
+    int32_t start, len;
+} fqla__segment;
+
+/* Tokens of the tile at token t of the segment. */
+static int32_t fqla__tile_count(fqla__segment segment, int32_t t) { return segment.len - t >= FQLA__TILE ? FQLA__TILE : 1; }
+
+/* Multiply a tile's scalars out; alpha, beta [count]. */
+static void fqla__tile_prepare(fqla__tile *tile, const fqla__products *p, const float *alpha, const float *beta, float scale) {
+    float decay[FQLA__TILE]; /* D_cj of the c at hand */
+    float from_start = 1.0f; /* G_c */
+    int32_t c, j;
+    for (c = 0; c < tile->count; c++) {
+        from_start *= alpha[c];
+        for (j = 0; j < c; j++) decay[j] *= alpha[c];
+        decay[c] = 1.0f;
+        tile->uv[c] = beta[c];
+        tile->us[c] = -beta[c] * from_start;
+        for (j = 0; j < c; j++) tile->uu[c][j] = -beta[c] * decay[j] * p->kk[c][j];
+        tile->os[c] = scale * from_start;
+        for (j = 0; j <= c; j++) tile->ou[c][j] = scale * decay[j] * p->qk[c][j];
+    }
+    for (j = 0; j < tile->count; j++) tile->su[j] = decay[j];
+    tile->ss = from_start;
 }
 
-/* The rows of a tile of the next segment: v's and o's for the block at column x, and that block's share of q's and k's. */
-static void fqla__prefetch_tile(const fqla__forward_head *head, int32_t token, int32_t count, int32_t x) {
+static void fqla__segment_prepare(const fqla__forward_head *head, fqla__segment segment) {
     const fqla__run *run = head->run;
     const fqla_plan_desc *d = head->desc;
     const fqla_tensor_strides *s = &d->strides;
-    const int32_t blocks = head->last - head->first, part = x / FQLA__COLUMNS - head->first;
-    const int32_t i = d->dim_k * part / blocks, share = d->dim_k * (part + 1) / blocks - i, columns = fqla__block_columns(d, x);
-    int32_t c;
-    for (c = 0; c < count && token + c < head->sequence.len; c++) {
-        const int64_t row = head->sequence.row + token + c;
-        fqla__prefetch_row(run->k, row * s->k.token + head->h_qk * s->k.head + i, share, d->dtype);
-        fqla__prefetch_row(run->q, row * s->q.token + head->h_qk * s->q.head + i, share, d->dtype);
-        fqla__prefetch_row(run->v, row * s->v.token + head->h * s->v.head + x, columns, d->dtype);
-        fqla__prefetch_row(run->o, row * s->o.token + head->h * s->o.head + x, columns, d->dtype);
+    const int32_t stride = fqla__forward_columns(d), padding = head->x_end - head->x_begin - head->columns;
+    fqla__tile *tile = head->slot.tiles;
+    fqla__products products;
+    float alpha[FQLA__TILE], beta[FQLA__TILE];
+    int32_t t, c;
+    for (t = 0; t < segment.len; t += tile->count, tile++) {
+        float *k = head->slot.k + t * d->dim_k, *q = head->slot.q + t * d->dim_k, *v = head->slot.v + t * stride + head->x_begin;
+        tile->count = fqla__tile_count(segment, t);
+        tile->k = k;
+        tile->q = q;
+        for (c = 0; c < tile->count; c++, k += d->dim_k, q += d->dim_k, v += stride) {
+            const int64_t row = head->sequence.row + segment.start + t + c;
+            const float g = fqla__load(run->g, row * s->g.token + head->h * s->g.head, fqla__g_dtype(d));
+            const float b = fqla__load(run->beta, row * s->beta.token + head->h * s->beta.head, fqla__beta_dtype(d));
+            alpha[c] = fqla__alpha(d, g, run->A_log, run->dt_bias, head->h);
+            beta[c] = fqla__beta(d, b);
+            fqla__row_load(head->level, k, run->k, row * s->k.token + head->h_qk * s->k.head, d->dim_k, d->dtype);
+            fqla__row_load(head->level, q, run->q, row * s->q.token + head->h_qk * s->q.head, d->dim_k, d->dtype);
+            fqla__row_load(head->level, v, run->v, row * s->v.token + head->h * s->v.head + head->x_begin, head->columns, d->dtype);
+            if (padding > 0) memset(v + head->columns, 0, (size_t)padding * sizeof *v);
+            if (d->l2norm) {
+                fqla__normalise_row(head->level, k, d->dim_k);
+                fqla__normalise_row(head->level, q, d->dim_k);
+            }
+        }
+        fqla__tile_products(head->level, &products, tile, d->dim_k);
+        fqla__tile_prepare(tile, &products, alpha, beta, d->scale);
     }
 }
 
-/* Take the block at column x through the prepared segment; its state is read from `from` and left in `to`. */
-static void fqla__block_run(const fqla__forward_head *head, fqla__segment segment, int32_t x, fqla__rows from, fqla__rows to) {
-    const fqla__run *run = head->run;
+/* Take the block at column x through the segment; its state is read from `from` and left in `to`. */
+static void fqla__segment_run(const fqla__forward_head *head, fqla__segment segment, int32_t x, fqla__rows from, fqla__rows to) {
     const fqla_plan_desc *d = head->desc;
-    const fqla_strides sv = d->strides.v, so = d->strides.o;
-    const int32_t columns = fqla__block_columns(d, x);
-    const bool in_place = d->dtype == FQLA_DTYPE_FP32 && columns == FQLA__COLUMNS;
+    const int32_t stride = fqla__forward_columns(d);
     const fqla__tile *tile = head->slot.tiles;
     fqla__block block;
-    int32_t t, c;
+    int32_t t;
     block.from = from;
-    block.v.row = head->slot.v;
-    block.o.row = head->slot.o;
-    block.v.stride = in_place ? sv.token : (int64_t)FQLA__COLUMNS;
-    block.o.stride = in_place ? so.token : (int64_t)FQLA__COLUMNS;
-    if (columns < FQLA__COLUMNS) memset(head->slot.v, 0, FQLA__TILE * FQLA__COLUMNS * sizeof *head->slot.v);
+    block.v.stride = block.o.stride = stride;
     for (t = 0; t < segment.len; t += tile->count, tile++) {
-        const int64_t row = head->sequence.row + segment.start + t;
-        const int64_t v = row * sv.token + head->h * sv.head + x, o = row * so.token + head->h * so.head + x;
         block.to = t + tile->count < segment.len ? fqla__slot_state(head, x) : to;
-        if (in_place) {
-            block.v.row = (float *)run->v + v;
-            block.o.row = (float *)run->o + o;
-        } else {
-            for (c = 0; c < tile->count; c++)
-                fqla__row_load(head->level, head->slot.v + c * FQLA__COLUMNS, run->v, v + c * sv.token, columns, d->dtype);
-        }
-        fqla__prefetch_tile(head, segment.start + segment.len + t, tile->count, x);
+        block.v.row = head->slot.v + t * stride + x;
+        block.o.row = head->slot.o + t * stride + x;
         fqla__step(head->level, tile, d->dim_k, &block);
-        if (!in_place)
-            for (c = 0; c < tile->count; c++)
-                fqla__row_store(head->level, run->o, o + c * so.token, columns, d->dtype, head->slot.o + c * FQLA__COLUMNS);
         block.from = block.to;
+    }
+}
+
+static void fqla__segment_store(const fqla__forward_head *head, fqla__segment segment) {
+    const fqla_plan_desc *d = head->desc;
+    const fqla_strides so = d->strides.o;
+    const float *o = head->slot.o + head->x_begin;
+    int32_t t;
+    for (t = 0; t < segment.len; t++, o += fqla__forward_columns(d)) {
+        const int64_t row = head->sequence.row + segment.start + t;
+        fqla__row_store(head->level, head->run->o, row * so.token + head->h * so.head + head->x_begin, head->columns, d->dtype, o);
     }
 }
 
 /* o = 0 for a padding row of a pool. */
 static void fqla__head_zero(const fqla__forward_head *head) {
-    const fqla_plan_desc *d = head->desc;
-    const fqla_strides so = d->strides.o;
-    int32_t t, x;
+    const fqla_strides so = head->desc->strides.o;
+    int32_t t, i;
     for (t = 0; t < head->sequence.len; t++)
-        for (x = head->first * FQLA__COLUMNS; x < d->dim_v && x < head->last * FQLA__COLUMNS; x++)
-            fqla__store(head->run->o, (head->sequence.row + t) * so.token + head->h * so.head + x, d->dtype, 0.0f);
+        for (i = 0; i < head->columns; i++)
+            fqla__store(head->run->o, (head->sequence.row + t) * so.token + head->h * so.head + head->x_begin + i, head->desc->dtype, 0.0f);
 }
 
 /* States are used where they lie when their layout allows it, else by way of the slot: h0 by the first tile, ht by the last. */
@@ -268,10 +239,9 @@ static void fqla__head_run(const fqla__forward_head *head, const void *h0, int64
     const fqla__run *run = head->run;
     const fqla_plan_desc *d = head->desc;
     const int32_t len = head->sequence.len, every = run->snapshots != NULL ? run->snapshot_every : 0;
-    const int32_t x_first = head->first * FQLA__COLUMNS, x_last = head->last * FQLA__COLUMNS;
     fqla__segment segment;
     int32_t x;
-    for (x = x_first; x < x_last; x += FQLA__COLUMNS)
+    for (x = head->x_begin; x < head->x_end; x += FQLA__COLUMNS)
         if (len == 0 || !fqla__state_in_place(d, h0, x)) fqla__block_load(head, h0, h0_base, x);
     for (segment.start = 0; segment.start < len; segment.start += segment.len) {
         const int32_t most = every > 0 && every < FQLA__SEGMENT ? every : FQLA__SEGMENT;
@@ -279,20 +249,21 @@ static void fqla__head_run(const fqla__forward_head *head, const void *h0, int64
         segment.len = len - segment.start < most ? len - segment.start : most;
         snapshot = every > 0 && (segment.start + segment.len) % every == 0;
         fqla__segment_prepare(head, segment);
-        for (x = x_first; x < x_last; x += FQLA__COLUMNS) {
+        for (x = head->x_begin; x < head->x_end; x += FQLA__COLUMNS) {
             fqla__rows from = fqla__slot_state(head, x), to = from;
             if (segment.start == 0 && fqla__state_in_place(d, h0, x)) from = fqla__tensor_state(d, h0, h0_base, x);
             if (segment.start + segment.len == len && !snapshot && fqla__state_in_place(d, ht, x))
                 to = fqla__tensor_state(d, ht, ht_base, x);
-            fqla__block_run(head, segment, x, from, to);
+            fqla__segment_run(head, segment, x, from, to);
             if (snapshot) {
                 const int64_t entry = head->sequence.snapshot + (segment.start + segment.len) / every - 1;
                 fqla__block_store(head, run->snapshots, fqla__state_base(head, entry), x);
             }
         }
+        fqla__segment_store(head, segment);
     }
     if (ht == NULL) return;
-    for (x = x_first; x < x_last; x += FQLA__COLUMNS)
+    for (x = head->x_begin; x < head->x_end; x += FQLA__COLUMNS)
         if (len == 0 || (every > 0 && len % every == 0) || !fqla__state_in_place(d, ht, x)) fqla__block_store(head, ht, ht_base, x);
 }
 
@@ -308,7 +279,7 @@ static void fqla__forward_task(void *context, int64_t task, int32_t index) {
     const int32_t n = (int32_t)(task / job->split / d->heads_v), part = (int32_t)(task % job->split);
     const int32_t in = run->state_in != NULL ? run->state_in[n] : n, out = run->state_out != NULL ? run->state_out[n] : n;
     const int64_t slot_size = fqla__forward_slot_layout(d, NULL, NULL);
-    const int32_t blocks = fqla__forward_blocks(d) / job->split;
+    const int32_t width = fqla__forward_columns(d) / job->split;
     fqla__forward_head head;
     head.run = run;
     head.desc = d;
@@ -317,8 +288,9 @@ static void fqla__forward_task(void *context, int64_t task, int32_t index) {
     head.sequence = fqla__run_sequence(run, n);
     head.h = (int32_t)(task / job->split % d->heads_v);
     head.h_qk = fqla__head_qk(d, head.h);
-    head.first = part * blocks;
-    head.last = head.first + blocks;
+    head.x_begin = part * width;
+    head.x_end = head.x_begin + width;
+    head.columns = (head.x_end < d->dim_v ? head.x_end : d->dim_v) - head.x_begin;
     if (in < 0 && out < 0)
         fqla__head_zero(&head);
     else
