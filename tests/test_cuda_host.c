@@ -173,6 +173,13 @@ static fqla_context *open_cuda(void) {
     return context;
 }
 
+static fqla_context_summary summary_of(const fqla_context *context) {
+    fqla_context_summary summary;
+    memset(&summary, 0, sizeof summary);
+    fqla_context_info(context, &summary);
+    return summary;
+}
+
 /* Nothing is left over, on either side, and no rule was broken. */
 static enum greatest_test_res clean(void) {
     const fake_cuda_census census = fake.fake_cuda_count();
@@ -244,7 +251,7 @@ TEST the_primary_context(void) {
     ASSERT_EQ(1, fake.fake_cuda_count().retains);
     ASSERT_EQ(FQLA__KERNEL_COUNT, fake.fake_cuda_count().modules);
     ASSERT_EQ(0, fake.fake_cuda_count().stack);
-    ASSERT_EQ(FQLA_OK, fqla_context_info(context, &summary));
+    summary = summary_of(context);
     ASSERT_EQ(FQLA_BACKEND_CUDA, summary.backend);
     ASSERT_EQ(1, summary.num_threads);
     ASSERT_STR_EQ("ready", summary.cuda_status);
@@ -263,7 +270,7 @@ TEST auto_takes_the_gpu(void) {
     fqla_context_summary summary;
     fqla_context *context = NULL;
     ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
-    fqla_context_info(context, &summary);
+    summary = summary_of(context);
     ASSERT_EQ(FQLA_BACKEND_CUDA, summary.backend);
     fqla_context_destroy(context);
     return clean();
@@ -285,7 +292,7 @@ TEST the_second_device(void) {
     fake.fake_cuda_settings()->devices = 2;
     desc.device = 1;
     ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
-    fqla_context_info(context, &summary);
+    summary = summary_of(context);
     ASSERT_STR_EQ("Fake GPU 1", summary.device_name);
     ASSERT(context->cuda.context == primary_context(1));
     fqla_context_destroy(context);
@@ -349,7 +356,7 @@ static enum greatest_test_res falls_back(fqla_cuda_context borrowed, const char 
     fqla_context *context = NULL;
     desc.cuda_context = borrowed;
     ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
-    ASSERT_EQ(FQLA_OK, fqla_context_info(context, &summary));
+    summary = summary_of(context);
     ASSERT_EQ(FQLA_BACKEND_CPU, summary.backend);
     ASSERT_STR_EQ("", summary.kernel_form);
     ASSERT_STR_EQ(words, summary.cuda_status);
@@ -432,7 +439,7 @@ TEST the_device_is_named_all_the_same(void) {
     fake.fake_cuda_settings()->major = 8;
     fake.fake_cuda_settings()->minor = 6;
     ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
-    fqla_context_info(context, &summary);
+    summary = summary_of(context);
     ASSERT_STR_EQ("Fake GPU 0", summary.device_name);
     ASSERT_EQ(86, summary.compute_capability);
     ASSERT_EQ(132, summary.sm_count);
@@ -448,7 +455,7 @@ TEST an_old_driver_takes_the_ptx(void) {
     fake.fake_cuda_settings()->cubin_result = 209;
     context = open_cuda();
     ASSERT(context != NULL);
-    fqla_context_info(context, &summary);
+    summary = summary_of(context);
     ASSERT_STR_EQ("ptx", summary.kernel_form);
     ASSERT_STR_EQ("ready", summary.cuda_status);
     ASSERT_EQ(FQLA__KERNEL_COUNT, fake.fake_cuda_count().modules);
@@ -1173,7 +1180,7 @@ TEST every_call_fails_under_auto(void) {
         fake.fake_cuda_settings()->fail_call = 0;
         name = failed_call();
         hit = name[0] != '\0';
-        ASSERT_EQ(FQLA_OK, fqla_context_info(context, &summary));
+        summary = summary_of(context);
         if (summary.backend == FQLA_BACKEND_CPU) {
             ASSERTm(name, strstr(summary.cuda_status, name) != NULL);
             ASSERT_STR_EQ("", summary.kernel_form);
