@@ -8,6 +8,7 @@
 enum { CHUNK = FQLA__CHUNK_ROWS, DIM = 128, BLOCK = 16, BLOCKS = CHUNK / BLOCK, WARP = 32, WARPGROUP = 128 };
 enum { STATE_WARPGROUPS = 2, STATE_WARPS = 4 * STATE_WARPGROUPS, STATE_COLUMNS = DIM / STATE_WARPGROUPS };
 enum { QK_SLOTS = 3, V_SLOTS = 2, PREPARED_SLOTS = 2 };
+enum { DIAGONAL_PITCH = 20 }; /* floats of a row of a diagonal block: an accumulator's columns 2 (l%4) meet no bank twice */
 enum { PITCH = 72 }; /* elements of a row of the fp16 matrices L and A: 144 bytes, so that eight rows of ldmatrix meet no bank twice */
 
 /* 64 rows of 64 elements, 128 bytes a row, 128-byte swizzle: 16-byte unit u of row r lies at r * 128 + ((u ^ r % 8) * 16). 8 KB */
@@ -25,11 +26,12 @@ typedef struct TokenFactors {
     float padding[3];
 } TokenFactors;
 
-/* The preparing warps' own notes on a chunk. 1296 bytes */
+/* The preparing warps' own notes on a chunk. 1552 bytes */
 typedef struct Decays {
     float sum[CHUNK];    /* log2 of the decay from the token's 16-block's border up to and with it */
     float head[CHUNK];   /* exp2 of that */
     float tail[CHUNK];   /* decay from after the token to its block's end */
+    float beta[CHUNK];
     float rk[CHUNK];     /* 1, or l2norm's factors of k and q */
     float rq[CHUNK];
     float block[BLOCKS]; /* log2 of a block's whole decay */
@@ -54,7 +56,7 @@ typedef struct __align__(1024) ForwardShared {
     unsigned char o[STATE_WARPS][CHUNK * 32];     /* a warp's 16 columns of O on their way out     16 KB */
     uint16_t l[CHUNK][PITCH];                     /* L below the diagonal blocks, fp16              9 KB */
     uint16_t a[CHUNK][PITCH];                     /* (I + L)^-1, fp16                               9 KB */
-    float diagonal[BLOCKS][BLOCK][BLOCK];         /* the diagonal blocks of L, transposed           4 KB */
+    float diagonal[BLOCKS][BLOCK][DIAGONAL_PITCH]; /* the diagonal blocks of L, transposed          5 KB */
     TokenFactors factors[PREPARED_SLOTS];
     Decays decays[2];
     Sequence sequence;

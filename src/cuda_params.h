@@ -19,7 +19,7 @@ typedef struct fqla__device_sequence {
 
 enum {
     FQLA__FORWARD_THREADS = 384, /* two warpgroups that own 64 state columns each, one that prepares */
-    FQLA__FORWARD_SHARED_BYTES = 207872, /* dynamic shared memory: ForwardShared in ptx/forward_shared.h */
+    FQLA__FORWARD_SHARED_BYTES = 209920, /* dynamic shared memory: ForwardShared in ptx/forward_shared.h */
     FQLA__CHUNK_ROWS = 64,       /* rows of every tensor map's box */
     FQLA__LOAD_COLUMNS = 64,     /* columns of the boxes of q, k, v: 128 bytes, CU_TENSOR_MAP_SWIZZLE_128B */
     FQLA__STORE_COLUMNS = 16     /* columns of the box of o: a warp's 32 bytes, CU_TENSOR_MAP_SWIZZLE_32B */
