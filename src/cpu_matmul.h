@@ -28,7 +28,7 @@ typedef struct fqla__matmul {
     fqla__matrix a, b;
 } fqla__matmul;
 
-enum { FQLA__MATMUL_ROWS = 8, FQLA__MATMUL_COLUMNS = 16 };
+enum { FQLA__MATMUL_COLUMNS = 16 };
 
 static void fqla__matmul_plain(const fqla__matmul *p) {
     int32_t i, j, l, x;
@@ -48,42 +48,44 @@ static void fqla__matmul_plain(const fqla__matmul *p) {
 }
 
 #if FLASHQLA__X86
+#define FLASHQLA__INLINE __attribute__((always_inline)) static inline
+
 /* Two vectors side by side: a tile's part of one row. */
 typedef struct fqla__avx512_row {
     __m512 left, right;
 } fqla__avx512_row;
 
-#define FLASHQLA__AVX512 __attribute__((target("avx512f"), always_inline)) static inline
-
-FLASHQLA__AVX512 fqla__avx512_row fqla__avx512_load(const float *b, bool wide) {
+FLASHQLA__TARGET_AVX512 FLASHQLA__INLINE fqla__avx512_row fqla__avx512_load(const float *b, bool wide) {
     fqla__avx512_row row;
     row.left = _mm512_loadu_ps(b);
     row.right = wide ? _mm512_loadu_ps(b + 16) : _mm512_setzero_ps();
     return row;
 }
 
-FLASHQLA__AVX512 fqla__avx512_row fqla__avx512_add(fqla__avx512_row sum, float a, fqla__avx512_row b, bool wide) {
+FLASHQLA__TARGET_AVX512 FLASHQLA__INLINE fqla__avx512_row fqla__avx512_add(fqla__avx512_row sum, float a, fqla__avx512_row b,
+                                                                           bool wide) {
     sum.left = _mm512_fmadd_ps(_mm512_set1_ps(a), b.left, sum.left);
     if (wide) sum.right = _mm512_fmadd_ps(_mm512_set1_ps(a), b.right, sum.right);
     return sum;
 }
 
-FLASHQLA__AVX512 void fqla__avx512_end(float *c, fqla__avx512_row sum, float keep, const float *f, bool wide) {
+FLASHQLA__TARGET_AVX512 FLASHQLA__INLINE void fqla__avx512_end(float *c, fqla__avx512_row sum, float keep, const float *f,
+                                                               bool wide) {
     if (keep != 0.0f) sum = fqla__avx512_add(sum, keep, fqla__avx512_load(f, wide), wide);
     _mm512_storeu_ps(c, sum.left);
     if (wide) _mm512_storeu_ps(c + 16, sum.right);
 }
 
 /* 8 rows of 32 columns, or, not wide, of 16. */
-FLASHQLA__AVX512 void fqla__avx512_tile(const fqla__matmul *p, int32_t i, int32_t j, bool wide) {
-    const int64_t lda = p->a.stride, ldc = p->ldc;
+FLASHQLA__TARGET_AVX512 FLASHQLA__INLINE void fqla__avx512_tile(const fqla__matmul *p, int32_t i, int32_t j, bool wide) {
+    const int64_t lda = p->a.stride, ldb = p->b.stride, ldc = p->ldc;
     const float *a = p->a.first + i * lda, *b = p->b.first + j, *f = p->f + i * ldc + j;
     float *c = p->c + i * ldc + j;
     const fqla__avx512_row zero = { _mm512_setzero_ps(), _mm512_setzero_ps() };
     fqla__avx512_row c0 = zero, c1 = zero, c2 = zero, c3 = zero, c4 = zero, c5 = zero, c6 = zero, c7 = zero;
     int32_t l;
-    for (l = 0; l < p->k; l++, a++, b += p->b.stride) {
-        const fqla__avx512_row row = fqla__avx512_load(b, wide);
+    for (l = 0; l < p->k; l++, a++) {
+        const fqla__avx512_row row = fqla__avx512_load(b + l * ldb, wide);
         c0 = fqla__avx512_add(c0, a[0], row, wide);
         c1 = fqla__avx512_add(c1, a[lda], row, wide);
         c2 = fqla__avx512_add(c2, a[2 * lda], row, wide);
@@ -103,7 +105,7 @@ FLASHQLA__AVX512 void fqla__avx512_tile(const fqla__matmul *p, int32_t i, int32_
     fqla__avx512_end(c + 7 * ldc, c7, p->keep, f + 7 * ldc, wide);
 }
 
-__attribute__((target("avx512f"))) static void fqla__matmul_avx512(const fqla__matmul *p) {
+FLASHQLA__TARGET_AVX512 static void fqla__matmul_avx512(const fqla__matmul *p) {
     int32_t i, j;
     for (j = 0; j + 32 <= p->n; j += 32)
         for (i = 0; i < p->m; i += 8) fqla__avx512_tile(p, i, j, true);
@@ -115,37 +117,35 @@ typedef struct fqla__avx2_row {
     __m256 left, right;
 } fqla__avx2_row;
 
-#define FLASHQLA__AVX2 __attribute__((target("avx2,fma"), always_inline)) static inline
-
-FLASHQLA__AVX2 fqla__avx2_row fqla__avx2_load(const float *b) {
+FLASHQLA__TARGET_AVX2 FLASHQLA__INLINE fqla__avx2_row fqla__avx2_load(const float *b) {
     fqla__avx2_row row;
     row.left = _mm256_loadu_ps(b);
     row.right = _mm256_loadu_ps(b + 8);
     return row;
 }
 
-FLASHQLA__AVX2 fqla__avx2_row fqla__avx2_add(fqla__avx2_row sum, float a, fqla__avx2_row b) {
+FLASHQLA__TARGET_AVX2 FLASHQLA__INLINE fqla__avx2_row fqla__avx2_add(fqla__avx2_row sum, float a, fqla__avx2_row b) {
     sum.left = _mm256_fmadd_ps(_mm256_set1_ps(a), b.left, sum.left);
     sum.right = _mm256_fmadd_ps(_mm256_set1_ps(a), b.right, sum.right);
     return sum;
 }
 
-FLASHQLA__AVX2 void fqla__avx2_end(float *c, fqla__avx2_row sum, float keep, const float *f) {
+FLASHQLA__TARGET_AVX2 FLASHQLA__INLINE void fqla__avx2_end(float *c, fqla__avx2_row sum, float keep, const float *f) {
     if (keep != 0.0f) sum = fqla__avx2_add(sum, keep, fqla__avx2_load(f));
     _mm256_storeu_ps(c, sum.left);
     _mm256_storeu_ps(c + 8, sum.right);
 }
 
 /* 4 rows of 16 columns. */
-FLASHQLA__AVX2 void fqla__avx2_tile(const fqla__matmul *p, int32_t i, int32_t j) {
-    const int64_t lda = p->a.stride, ldc = p->ldc;
+FLASHQLA__TARGET_AVX2 FLASHQLA__INLINE void fqla__avx2_tile(const fqla__matmul *p, int32_t i, int32_t j) {
+    const int64_t lda = p->a.stride, ldb = p->b.stride, ldc = p->ldc;
     const float *a = p->a.first + i * lda, *b = p->b.first + j, *f = p->f + i * ldc + j;
     float *c = p->c + i * ldc + j;
     const fqla__avx2_row zero = { _mm256_setzero_ps(), _mm256_setzero_ps() };
     fqla__avx2_row c0 = zero, c1 = zero, c2 = zero, c3 = zero;
     int32_t l;
-    for (l = 0; l < p->k; l++, a++, b += p->b.stride) {
-        const fqla__avx2_row row = fqla__avx2_load(b);
+    for (l = 0; l < p->k; l++, a++) {
+        const fqla__avx2_row row = fqla__avx2_load(b + l * ldb);
         c0 = fqla__avx2_add(c0, a[0], row);
         c1 = fqla__avx2_add(c1, a[lda], row);
         c2 = fqla__avx2_add(c2, a[2 * lda], row);
@@ -157,15 +157,15 @@ FLASHQLA__AVX2 void fqla__avx2_tile(const fqla__matmul *p, int32_t i, int32_t j)
     fqla__avx2_end(c + 3 * ldc, c3, p->keep, f + 3 * ldc);
 }
 
-__attribute__((target("avx2,fma"))) static void fqla__matmul_avx2(const fqla__matmul *p) {
+FLASHQLA__TARGET_AVX2 static void fqla__matmul_avx2(const fqla__matmul *p) {
     int32_t i, j;
     for (j = 0; j < p->n; j += 16)
         for (i = 0; i < p->m; i += 4) fqla__avx2_tile(p, i, j);
 }
 #endif
 
-static void fqla__multiply_add(fqla_cpu_level level, int32_t m, int32_t n, int32_t k, float *c, int32_t ldc, float keep, const float *f,
-                               fqla__matrix a, fqla__matrix b) {
+static void fqla__multiply_add(fqla_cpu_level level, int32_t m, int32_t n, int32_t k, float *c, int32_t ldc, float keep,
+                               const float *f, fqla__matrix a, fqla__matrix b) {
     fqla__matmul p;
     p.m = m, p.n = n, p.k = k;
     p.c = c, p.ldc = ldc;
@@ -182,32 +182,9 @@ static void fqla__multiply_add(fqla_cpu_level level, int32_t m, int32_t n, int32
 }
 
 /* C = A B */
-static void fqla__multiply(fqla_cpu_level level, int32_t m, int32_t n, int32_t k, float *c, int32_t ldc, fqla__matrix a, fqla__matrix b) {
+static void fqla__multiply(fqla_cpu_level level, int32_t m, int32_t n, int32_t k, float *c, int32_t ldc, fqla__matrix a,
+                           fqla__matrix b) {
     fqla__multiply_add(level, m, n, k, c, ldc, 0.0f, c, a, b);
-}
-
-/* The rest goes over a row in pieces of 16 elements, whose loops every compiler unrolls or makes vectors of. */
-
-/* to [n, m] from [m, n], both multiples of 8. */
-static void fqla__transpose(float *to, int32_t to_stride, const float *from, int32_t from_stride, int32_t m, int32_t n) {
-    int32_t i, j;
-#if FLASHQLA__X86
-    for (i = 0; i < m; i += 4)
-        for (j = 0; j < n; j += 4) {
-            const float *rows = from + i * from_stride + j;
-            float *columns = to + j * to_stride + i;
-            __m128 r0 = _mm_loadu_ps(rows), r1 = _mm_loadu_ps(rows + from_stride);
-            __m128 r2 = _mm_loadu_ps(rows + 2 * from_stride), r3 = _mm_loadu_ps(rows + 3 * from_stride);
-            _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
-            _mm_storeu_ps(columns, r0);
-            _mm_storeu_ps(columns + to_stride, r1);
-            _mm_storeu_ps(columns + 2 * to_stride, r2);
-            _mm_storeu_ps(columns + 3 * to_stride, r3);
-        }
-#else
-    for (i = 0; i < m; i++)
-        for (j = 0; j < n; j++) to[j * to_stride + i] = from[i * from_stride + j];
-#endif
 }
 
 /* to = from times factor; width is a multiple of 16. */
@@ -217,13 +194,37 @@ static void fqla__scale_to(float *__restrict to, const float *__restrict from, f
         for (x = 0; x < FQLA__MATMUL_COLUMNS; x++) to[i + x] = factor * from[i + x];
 }
 
-/* sum of a_i b_i; count is a multiple of 16. */
-static float fqla__inner_product(const float *a, const float *b, int32_t count) {
-    float sums[FQLA__MATMUL_COLUMNS], sum = 0.0f;
+#if FLASHQLA__X86
+FLASHQLA__TARGET_AVX2 static void fqla__inner_sums_avx2(float *sums, const float *a, const float *b, int32_t count) {
+    __m256 left = _mm256_setzero_ps(), right = _mm256_setzero_ps();
+    int32_t i;
+    for (i = 0; i < count; i += 16) {
+        left = _mm256_fmadd_ps(_mm256_loadu_ps(a + i), _mm256_loadu_ps(b + i), left);
+        right = _mm256_fmadd_ps(_mm256_loadu_ps(a + i + 8), _mm256_loadu_ps(b + i + 8), right);
+    }
+    _mm256_storeu_ps(sums, left);
+    _mm256_storeu_ps(sums + 8, right);
+}
+#endif
+
+static void fqla__inner_sums_plain(float *sums, const float *a, const float *b, int32_t count) {
     int32_t i, x;
-    for (x = 0; x < FQLA__MATMUL_COLUMNS; x++) sums[x] = 0.0f;
-    for (i = 0; i < count; i += FQLA__MATMUL_COLUMNS)
-        for (x = 0; x < FQLA__MATMUL_COLUMNS; x++) sums[x] += a[i + x] * b[i + x];
-    for (x = 0; x < FQLA__MATMUL_COLUMNS; x++) sum += sums[x];
+    for (x = 0; x < 16; x++) sums[x] = 0.0f;
+    for (i = 0; i < count; i += 16)
+        for (x = 0; x < 16; x++) sums[x] += a[i + x] * b[i + x];
+}
+
+/* sum of a_i b_i, by way of 16 partial sums; count is a multiple of 16. */
+static float fqla__inner_product(fqla_cpu_level level, const float *a, const float *b, int32_t count) {
+    float sums[16], sum = 0.0f;
+    int32_t x;
+#if FLASHQLA__X86
+    if (level >= FQLA_CPU_AVX2) fqla__inner_sums_avx2(sums, a, b, count);
+    else fqla__inner_sums_plain(sums, a, b, count);
+#else
+    (void)level;
+    fqla__inner_sums_plain(sums, a, b, count);
+#endif
+    for (x = 0; x < 16; x++) sum += sums[x];
     return sum;
 }

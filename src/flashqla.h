@@ -24,6 +24,7 @@
 #include "cpu_step_x86.h"
 #include "cpu_forward.h"
 #include "cpu_matmul.h"
+#include "cpu_strip.h"
 #include "cpu_backward.h"
 #ifndef FLASHQLA_NO_CUDA
 #include "cuda_device.h"
