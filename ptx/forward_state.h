@@ -22,7 +22,7 @@
 static __device__ __forceinline__ void load_qk(const fqla__forward_params &p, ForwardShared &s, const Sequence &sequence, int chunk) {
     const int slot = chunk % QK_SLOTS;
     const int32_t row = (int32_t)(sequence.row + (int64_t)chunk * CHUNK);
-    mbarrier_arrive_expect(&s.qk_full[slot], 4 * sizeof(Tile));
+    mbarrier_arrive_expect(&s.qk_full[slot], 4 * 128 * (uint32_t)p.load_rows);
     for (int half = 0; half < 2; half++) {
         tma_load(&s.k[slot][half], &p.k, half * FQLA__LOAD_COLUMNS, sequence.head_qk, row, &s.qk_full[slot]);
         tma_load(&s.q[slot][half], &p.q, half * FQLA__LOAD_COLUMNS, sequence.head_qk, row, &s.qk_full[slot]);
@@ -32,7 +32,7 @@ static __device__ __forceinline__ void load_qk(const fqla__forward_params &p, Fo
 static __device__ __forceinline__ void load_v(const fqla__forward_params &p, ForwardShared &s, const Sequence &sequence, int chunk,
                                               int warpgroup) {
     const int slot = chunk % V_SLOTS;
-    mbarrier_arrive_expect(&s.v_full[slot][warpgroup], sizeof(Tile));
+    mbarrier_arrive_expect(&s.v_full[slot][warpgroup], 128 * (uint32_t)p.load_rows);
     tma_load(&s.v[slot][warpgroup], &p.v, warpgroup * STATE_COLUMNS, sequence.head, (int32_t)(sequence.row + (int64_t)chunk * CHUNK),
              &s.v_full[slot][warpgroup]);
 }

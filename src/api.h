@@ -132,7 +132,7 @@
     the details: which field, which value, which driver call. On any error nothing is written and nothing launched.
     Pointers are checked for NULL, alignment and overlap, not for being readable. Outputs must not overlap inputs or each
     other, except ht = h0 exactly.
-    Buffers hold max_tokens rows (a decode's: max_seqs * num_tokens), whatever the lengths of the moment.
+    Buffers hold max_tokens rows, whatever the lengths of the moment; a decode's num_seqs * num_tokens.
     On the CPU pointers are aligned to their element. On the GPU q, k, v, o and all states are aligned to 16 bytes and so are
     their strides; the other tensors are aligned to their element.
     The caller's CUDA context and stream are borrowed: the context stack is as before after every call, also after an error.

@@ -141,7 +141,7 @@ static fqla__layout fqla__layout_of(const fqla_plan *plan, int32_t decode_tokens
     l.tensor_alignment = cuda ? 16 : l.element;
     l.state_alignment = cuda ? 16 : fqla__dtype_size(d->state_dtype);
     l.state = fqla__state_elements(d) * d->heads_v * fqla__dtype_size(d->state_dtype);
-    l.rows = decode_tokens > 0 ? (int64_t)d->max_seqs * decode_tokens : d->max_tokens;
+    l.rows = decode_tokens > 0 ? (int64_t)plan->num_seqs * decode_tokens : d->max_tokens;
     return l;
 }
 

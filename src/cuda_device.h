@@ -250,8 +250,10 @@ static fqla_status fqla__cuda_check_live_stream(const fqla_context *context, con
 static fqla_status fqla__cuda_alloc(fqla_context *context, size_t bytes, void **pointer) {
     fqla__cuda_address address = 0;
     fqla_status status = fqla__cuda_enter(context, "fqla_alloc");
+    char function[64];
     if (status != FQLA_OK) return status;
-    status = fqla__cuda_check(context, "fqla_alloc", "cuMemAlloc", context->cuda.driver.cuMemAlloc_v2(&address, bytes));
+    snprintf(function, sizeof function, "fqla_alloc of %.0f bytes", (double)bytes);
+    status = fqla__cuda_check(context, function, "cuMemAlloc", context->cuda.driver.cuMemAlloc_v2(&address, bytes));
     fqla__cuda_leave(context);
     *pointer = (void *)address;
     return status;

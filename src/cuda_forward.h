@@ -103,9 +103,9 @@ static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summar
              (int)FQLA__FORWARD_THREADS, (int)plan->desc.heads_v, (int)plan->desc.max_seqs);
 }
 
-/* The tensor map of [rows, heads, 128], read or written in boxes of FQLA__CHUNK_ROWS rows of one head, `columns` wide. */
+/* The tensor map of [rows, heads, 128], read or written in boxes of box_rows rows of one head, `columns` wide. */
 static fqla_status fqla__cuda_tensor_map(const fqla__run *run, const char *function, fqla__tensor_map *map, const void *tensor,
-                                         int32_t heads, const fqla_strides *strides, uint32_t columns, int swizzle) {
+                                         int32_t heads, const fqla_strides *strides, int32_t box_rows, uint32_t columns, int swizzle) {
     const fqla_plan_desc *d = &run->plan->desc;
     const int type = d->dtype == FQLA_DTYPE_FP16 ? FQLA__CUDA_TENSOR_FLOAT16 : FQLA__CUDA_TENSOR_BFLOAT16;
     const int32_t rows = run->decode_tokens > 0 ? d->max_seqs : d->max_tokens;
@@ -116,7 +116,7 @@ static fqla_status fqla__cuda_tensor_map(const fqla__run *run, const char *funct
     while ((uintptr_t)aligned % 128 != 0) aligned++;
     dims[0] = 128, dims[1] = (uint64_t)heads, dims[2] = rows > 0 ? (uint64_t)rows : 1;
     byte_strides[0] = (uint64_t)strides->head * 2, byte_strides[1] = (uint64_t)strides->token * 2;
-    box[0] = columns, box[1] = 1, box[2] = FQLA__CHUNK_ROWS;
+    box[0] = columns, box[1] = 1, box[2] = (uint32_t)box_rows;
     status = fqla__cuda_check(run->plan->context, function, "cuTensorMapEncodeTiled",
                               run->plan->context->cuda.driver.cuTensorMapEncodeTiled(
                                   aligned, type, 3, (void *)(uintptr_t)tensor, dims, byte_strides, box, element_strides,
@@ -148,6 +148,7 @@ static void fqla__cuda_forward_params(const fqla__run *run, fqla__forward_params
     p->pool_size = d->pool_size;
     p->checkpoint_every = run->snapshots != NULL ? d->checkpoint_every : 0;
     p->decode_tokens = run->decode_tokens;
+    p->load_rows = run->decode_tokens > 0 ? 1 : FQLA__CHUNK_ROWS;
     p->scale = d->scale;
 }
 
@@ -176,10 +177,10 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     if (status != FQLA_OK) return status;
     fqla__cuda_forward_params(run, &p);
     if ((status = fqla__cuda_check_stream(plan->context, function, stream)) == FQLA_OK &&
-        (status = fqla__cuda_tensor_map(run, function, &p.q, run->q, d->heads_qk, &s->q, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
-        (status = fqla__cuda_tensor_map(run, function, &p.k, run->k, d->heads_qk, &s->k, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
-        (status = fqla__cuda_tensor_map(run, function, &p.v, run->v, d->heads_v, &s->v, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
-        (status = fqla__cuda_tensor_map(run, function, &p.o, run->o, d->heads_v, &s->o, FQLA__STORE_COLUMNS, store)) == FQLA_OK)
+        (status = fqla__cuda_tensor_map(run, function, &p.q, run->q, d->heads_qk, &s->q, p.load_rows, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
+        (status = fqla__cuda_tensor_map(run, function, &p.k, run->k, d->heads_qk, &s->k, p.load_rows, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
+        (status = fqla__cuda_tensor_map(run, function, &p.v, run->v, d->heads_v, &s->v, p.load_rows, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
+        (status = fqla__cuda_tensor_map(run, function, &p.o, run->o, d->heads_v, &s->o, FQLA__CHUNK_ROWS, FQLA__STORE_COLUMNS, store)) == FQLA_OK)
         status = fqla__cuda_launch(plan, function, &p, stream);
     fqla__cuda_leave(plan->context);
     return status;

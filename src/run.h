@@ -62,7 +62,7 @@ FLASHQLA_API fqla_status fqla_decode(fqla_plan *plan, const fqla_decode_args *ar
     /* the plan's strides were checked for max_tokens rows; a decode may have more */
     d = &plan->desc;
     strides = d->strides;
-    rows = (int64_t)d->max_seqs * run.decode_tokens;
+    rows = (int64_t)plan->num_seqs * run.decode_tokens;
     if (rows > d->max_tokens &&
         ((status = fqla__resolve_strides(log, "q", &strides.q, d->heads_qk, d->dim_k, rows, false, 4)) != FQLA_OK ||
          (status = fqla__resolve_strides(log, "k", &strides.k, d->heads_qk, d->dim_k, rows, false, 4)) != FQLA_OK ||

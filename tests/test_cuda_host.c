@@ -829,15 +829,15 @@ SUITE(plans) {
 /* ---- runs */
 
 static enum greatest_test_res map_holds(const fqla__tensor_map *map, const void *tensor, uint64_t heads, uint64_t rows,
-                                        uint64_t head_stride, uint64_t token_stride, uint32_t columns, uint32_t type,
-                                        uint32_t swizzle) {
+                                        uint64_t head_stride, uint64_t token_stride, uint32_t columns, uint32_t box_rows,
+                                        uint32_t type, uint32_t swizzle) {
     fake_cuda_tensor_map m;
     memcpy(&m, map, sizeof m);
     ASSERT(m.magic == FAKE_CUDA_TENSOR_MAP_MAGIC);
     ASSERT(m.address == (uintptr_t)tensor);
     ASSERT(m.dims[0] == 128 && m.dims[1] == heads && m.dims[2] == rows);
     ASSERT(m.strides[0] == head_stride * 2 && m.strides[1] == token_stride * 2);
-    ASSERT(m.box[0] == columns && m.box[1] == 1 && m.box[2] == 64);
+    ASSERT(m.box[0] == columns && m.box[1] == 1 && m.box[2] == box_rows);
     ASSERT_EQ(type, m.type);
     ASSERT_EQ(swizzle, m.swizzle);
     PASS();
@@ -908,10 +908,10 @@ TEST the_launch_of_a_forward(void) {
     ASSERT_EQ(primary_context(0), launch.context);
 
     memcpy(&p, launch.parameters, sizeof p);
-    CHECK_CALL(map_holds(&p.q, args.q, HEADS_QK, 300, 136, 400, 64, 6, 3));
-    CHECK_CALL(map_holds(&p.k, args.k, HEADS_QK, 300, 128, 256, 64, 6, 3));
-    CHECK_CALL(map_holds(&p.v, args.v, HEADS_V, 300, 128, 512, 64, 6, 3));
-    CHECK_CALL(map_holds(&p.o, args.o, HEADS_V, 300, 300 * 128 + 64, 128, 16, 6, 1));
+    CHECK_CALL(map_holds(&p.q, args.q, HEADS_QK, 300, 136, 400, 64, 64, 6, 3));
+    CHECK_CALL(map_holds(&p.k, args.k, HEADS_QK, 300, 128, 256, 64, 64, 6, 3));
+    CHECK_CALL(map_holds(&p.v, args.v, HEADS_V, 300, 128, 512, 64, 64, 6, 3));
+    CHECK_CALL(map_holds(&p.o, args.o, HEADS_V, 300, 300 * 128 + 64, 128, 16, 64, 6, 1));
     ASSERT(p.g == args.g && p.beta == args.beta && p.A_log == args.A_log && p.dt_bias == args.dt_bias);
     ASSERT(p.h0 == args.h0 && p.ht == args.ht && p.o_rows == args.o && p.snapshots == args.checkpoints);
     ASSERT(p.state_in == args.state_in && p.state_out == args.state_out && p.bad_index_count == args.bad_index_count);
@@ -948,8 +948,8 @@ TEST the_launch_of_a_decode(void) {
     ASSERT_EQ((unsigned int)(HEADS_V * SEQS), launch.grid[0]);
     memcpy(&p, launch.parameters, sizeof p);
     ASSERT(p.decode_tokens == 1 && p.checkpoint_every == 0 && p.snapshots == NULL && p.h0 == NULL && p.state_bf16 == 0);
-    CHECK_CALL(map_holds(&p.v, args.v, HEADS_V, SEQS, 128, 512, 64, 9, 3));
-    CHECK_CALL(map_holds(&p.o, args.o, HEADS_V, SEQS, 128, 512, 16, 9, 1));
+    CHECK_CALL(map_holds(&p.v, args.v, HEADS_V, SEQS, 128, 512, 64, 1, 9, 3));
+    CHECK_CALL(map_holds(&p.o, args.o, HEADS_V, SEQS, 128, 512, 16, 64, 9, 1));
     args.num_tokens = 2;
     CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_decode(plan, &args, NULL), "num_tokens is over 1"));
     args.num_tokens = 1;
