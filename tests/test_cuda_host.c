@@ -550,7 +550,7 @@ TEST out_of_memory(void) {
     void *memory = NULL;
     fake.fake_cuda_settings()->memory = 1000;
     CHECK_CALL(refused(FQLA_ERROR_OUT_OF_MEMORY, fqla_alloc(context, 1001, &memory),
-                       "fqla_alloc: cuMemAlloc failed: CUDA_ERROR_OUT_OF_MEMORY (out of memory)"));
+                       "bytes: cuMemAlloc failed: CUDA_ERROR_OUT_OF_MEMORY (out of memory)"));
     ASSERT(memory == NULL);
     fake.fake_cuda_settings()->memory = 16;
     CHECK_CALL(refused(FQLA_ERROR_OUT_OF_MEMORY, fqla_plan_create(context, &desc, &plan), "fqla_plan_create: cuMemAlloc failed"));
