@@ -1,39 +1,52 @@
 // >>cpu_forward: the token recurrence on the CPU, for prefill and decode
 
 /*
-    A task is a (sequence, v-head), or a block of its columns where there are too few of those to occupy the threads. It walks
-    the sequence in segments of up to 64 tokens: it fetches the segment's rows of q, k and v as float32 and prepares its tiles,
-    takes every block of the state through all of them, so that the block stays in the L1 cache, and stores the rows of o.
-    Fetching and storing whole rows at once matters: rows of one head lie kilobytes apart, where no prefetcher follows, and
-    steps that read and write them piecemeal took twice as long.
-*/
-enum { FQLA__SEGMENT = FLASHQLA_CHUNK };
+    A task is a sequence and a team of v-heads that read the same q/k head; where there are too few of those to occupy the
+    threads, a team is one head, and each of its blocks of columns is a task. A task walks its sequence in segments of up to 64
+    tokens: it fetches the rows of q and k and makes tiles of them; then, a head after the other, it fetches the gates and the
+    rows of v, takes every block of the state through all tiles, so that the block stays in the L1 cache, and stores the rows of o.
 
-/* A thread's piece of workspace. */
+    Rows of one head lie kilobytes apart, each in a page of its own, where no prefetcher follows: even so, getting at them costs
+    a quarter of the time. Hence whole rows at once, and teams.
+*/
+enum {
+    FQLA__SEGMENT = FLASHQLA_CHUNK,                            /* tokens */
+    FQLA__TILES = FQLA__SEGMENT / FQLA__TILE + FQLA__TILE - 1, /* of a segment, at most */
+    FQLA__TEAM = 4                                             /* heads, at most: their states share an L2 cache */
+};
+
+/* A thread's piece of workspace. Columns from D_v on are computed like all others, from zeros, and never stored. */
 typedef struct fqla__forward_slot {
     float *k, *q;      /* [FQLA__SEGMENT, D_k], normalised where the plan asks for it */
-    float *v, *o;      /* [FQLA__SEGMENT, blocks * FQLA__COLUMNS]; columns from D_v on are zero */
-    float *state;      /* [blocks, D_k, FQLA__COLUMNS], likewise */
-    float *rows;       /* [8, D_k]: on the way to or from a state of layout VK */
-    fqla__tile *tiles; /* the segment's, up to FQLA__SEGMENT */
+    float *v, *o;      /* [FQLA__SEGMENT, columns] */
+    float *state;      /* [team, blocks, D_k, the part's x_width] */
+    float *rows;       /* [8, D_k]: on the way from or to a state of layout VK */
+    fqla__tile *tiles; /* [FQLA__TILES] */
 } fqla__forward_slot;
 
-static int32_t fqla__forward_blocks(const fqla_plan_desc *d) { return (d->dim_v + FQLA__COLUMNS - 1) / FQLA__COLUMNS; }
+/* D_v in whole blocks. */
+static int32_t fqla__forward_columns(const fqla_plan_desc *d) { return (d->dim_v + FQLA__COLUMNS - 1) / FQLA__COLUMNS * FQLA__COLUMNS; }
 
-/* Columns of the slot's v and o: D_v in whole blocks. */
-static int32_t fqla__forward_columns(const fqla_plan_desc *d) { return fqla__forward_blocks(d) * FQLA__COLUMNS; }
+/* The largest team of which there are enough to give every thread 4. */
+static int32_t fqla__forward_team(const fqla_plan_desc *d, int32_t num_seqs, int32_t num_threads) {
+    const int32_t heads = d->heads_v / d->heads_qk;
+    int32_t team;
+    for (team = FQLA__TEAM; team > 1; team--)
+        if (heads % team == 0 && (int64_t)num_seqs * d->heads_v / team >= 4 * (int64_t)num_threads) break;
+    return team;
+}
 
-/* Lay a slot out in memory and return its bytes (540 KB at most); memory NULL: only that. */
+/* Lay a slot out in memory and return its bytes (1.4 MB at most); memory NULL: only that. */
 static int64_t fqla__forward_slot_layout(const fqla_plan_desc *d, char *memory, fqla__forward_slot *slot) {
     enum { PARTS = 7 };
-    const int64_t columns = fqla__forward_columns(d);
+    const int64_t columns = fqla__forward_columns(d), team = fqla__forward_team(d, d->max_seqs, 0);
     int64_t sizes[PARTS], offsets[PARTS + 1];
     int i;
     sizes[0] = sizes[1] = FQLA__SEGMENT * (int64_t)sizeof(float) * d->dim_k;
     sizes[2] = sizes[3] = FQLA__SEGMENT * (int64_t)sizeof(float) * columns;
-    sizes[4] = (int64_t)sizeof(float) * d->dim_k * columns;
+    sizes[4] = (int64_t)sizeof(float) * d->dim_k * columns * team;
     sizes[5] = 8 * (int64_t)sizeof(float) * d->dim_k;
-    sizes[6] = FQLA__SEGMENT * (int64_t)sizeof(fqla__tile);
+    sizes[6] = FQLA__TILES * (int64_t)sizeof(fqla__tile);
     offsets[0] = 0;
     for (i = 0; i < PARTS; i++) offsets[i + 1] = offsets[i] + fqla__round_up(sizes[i], FQLA__ALIGNMENT);
     if (memory == NULL) return offsets[PARTS];
@@ -52,257 +65,283 @@ static bool fqla__cpu_forward_workspace(const fqla_plan *plan, int64_t *bytes) {
     return fqla__mul(fqla__forward_slot_layout(&plan->desc, NULL, NULL), plan->context->summary.num_threads, bytes);
 }
 
-/* A sequence's v-head on its way through a task. */
-typedef struct fqla__forward_head {
+/* A task: heads h, h + h_step, .. of a sequence. */
+typedef struct fqla__forward_part {
     const fqla__run *run;
     const fqla_plan_desc *desc;
     fqla_cpu_level level;
     fqla__forward_slot slot;
     fqla__sequence sequence;
-    int32_t h, h_qk;
-    int32_t x_begin, x_end; /* this task's columns, whole blocks */
-    int32_t columns;        /* those of them that exist, x_end being past D_v where the last block is narrow */
-} fqla__forward_head;
-
-/* Columns of the block that starts at column x. */
-static int32_t fqla__block_columns(const fqla_plan_desc *d, int32_t x) {
-    return d->dim_v - x < FQLA__COLUMNS ? d->dim_v - x : FQLA__COLUMNS;
-}
-
-/* A block of state in the slot. */
-static fqla__rows fqla__slot_state(const fqla__forward_head *head, int32_t x) {
-    fqla__rows rows;
-    rows.row = head->slot.state + (int64_t)head->desc->dim_k * x;
-    rows.stride = FQLA__COLUMNS;
-    return rows;
-}
-
-/* The head's state in `states` (h0, ht or snapshots): its first element, counted in states of sequences. */
-static int64_t fqla__state_base(const fqla__forward_head *head, int64_t entry) {
-    return (entry * head->desc->heads_v + head->h) * fqla__state_elements(head->desc);
-}
-
-/* Can the steps work on a block of a state where it lies? */
-static bool fqla__state_in_place(const fqla_plan_desc *d, const void *states, int32_t x) {
-    return states != NULL && d->state_dtype == FQLA_DTYPE_FP32 && d->state_layout == FQLA_STATE_KV &&
-           fqla__block_columns(d, x) == FQLA__COLUMNS;
-}
-
-static fqla__rows fqla__tensor_state(const fqla_plan_desc *d, const void *states, int64_t base, int32_t x) {
-    fqla__rows rows;
-    rows.row = (float *)states + base + x;
-    rows.stride = d->dim_v;
-    return rows;
-}
-
-/* Into the slot; states NULL: zero. */
-static void fqla__block_load(const fqla__forward_head *head, const void *states, int64_t base, int32_t x) {
-    const fqla_plan_desc *d = head->desc;
-    const fqla__rows block = fqla__slot_state(head, x);
-    const int32_t columns = fqla__block_columns(d, x);
-    int32_t i, y;
-    if (states == NULL || columns < FQLA__COLUMNS)
-        memset(block.row, 0, (size_t)d->dim_k * FQLA__COLUMNS * sizeof *block.row);
-    if (states == NULL) return;
-    if (d->state_layout == FQLA_STATE_KV) {
-        for (i = 0; i < d->dim_k; i++)
-            fqla__row_load(head->level, block.row + i * block.stride, states, base + (int64_t)i * d->dim_v + x, columns, d->state_dtype);
-        return;
-    }
-    for (y = 0; y < columns; y += 8) { /* 8 rows of the tensor are 8 columns here */
-        for (i = 0; i < 8; i++)
-            fqla__row_load(head->level, head->slot.rows + i * d->dim_k, states, base + (int64_t)(x + y + i) * d->dim_k, d->dim_k,
-                           d->state_dtype);
-        fqla__row_transpose(head->level, block.row + y, block.stride, head->slot.rows, d->dim_k, d->dim_k, 8);
-    }
-}
-
-static void fqla__block_store(const fqla__forward_head *head, void *states, int64_t base, int32_t x) {
-    const fqla_plan_desc *d = head->desc;
-    const fqla__rows block = fqla__slot_state(head, x);
-    const int32_t columns = fqla__block_columns(d, x);
-    int32_t i, y;
-    if (d->state_layout == FQLA_STATE_KV) {
-        for (i = 0; i < d->dim_k; i++)
-            fqla__row_store(head->level, states, base + (int64_t)i * d->dim_v + x, columns, d->state_dtype, block.row + i * block.stride);
-        return;
-    }
-    for (y = 0; y < columns; y += 8) {
-        fqla__row_transpose(head->level, head->slot.rows, d->dim_k, block.row + y, block.stride, 8, d->dim_k);
-        for (i = 0; i < 8; i++)
-            fqla__row_store(head->level, states, base + (int64_t)(x + y + i) * d->dim_k, d->dim_k, d->state_dtype,
-                            head->slot.rows + i * d->dim_k);
-    }
-}
+    const void *h0; /* NULL: zero */
+    void *ht;       /* NULL: not stored */
+    int32_t in, out; /* the sequence's entries in them */
+    int32_t h_qk, h, h_step, team;
+    int32_t x_begin, x_end; /* columns, multiples of FQLA__COLUMNS */
+    int32_t x_count;        /* those of them below D_v */
+    int32_t x_width;        /* of a block: FQLA__COLUMNS, which stay in L1; all where there is but one token */
+} fqla__forward_part;
 
 /* Tokens start .. start + len - 1 of the sequence. */
 typedef struct fqla__segment {
     int32_t start, len;
 } fqla__segment;
 
-/* Tokens of the tile at token t of the segment. */
-static int32_t fqla__tile_count(fqla__segment segment, int32_t t) { return segment.len - t >= FQLA__TILE ? FQLA__TILE : 1; }
-
-/* Multiply a tile's scalars out; alpha, beta [count]. */
-static void fqla__tile_prepare(fqla__tile *tile, const fqla__products *p, const float *alpha, const float *beta, float scale) {
-    float decay[FQLA__TILE]; /* D_cj of the c at hand */
-    float from_start = 1.0f; /* G_c */
-    int32_t c, j;
-    for (c = 0; c < tile->count; c++) {
-        from_start *= alpha[c];
-        for (j = 0; j < c; j++) decay[j] *= alpha[c];
-        decay[c] = 1.0f;
-        tile->uv[c] = beta[c];
-        tile->us[c] = -beta[c] * from_start;
-        for (j = 0; j < c; j++) tile->uu[c][j] = -beta[c] * decay[j] * p->kk[c][j];
-        tile->os[c] = scale * from_start;
-        for (j = 0; j <= c; j++) tile->ou[c][j] = scale * decay[j] * p->qk[c][j];
-    }
-    for (j = 0; j < tile->count; j++) tile->su[j] = decay[j];
-    tile->ss = from_start;
+/* Columns below D_v of the block at column x. */
+static int32_t fqla__block_columns(const fqla__forward_part *part, int32_t x) {
+    return part->desc->dim_v - x < part->x_width ? part->desc->dim_v - x : part->x_width;
 }
 
-static void fqla__segment_prepare(const fqla__forward_head *head, fqla__segment segment) {
-    const fqla__run *run = head->run;
-    const fqla_plan_desc *d = head->desc;
-    const fqla_tensor_strides *s = &d->strides;
-    const int32_t stride = fqla__forward_columns(d), padding = head->x_end - head->x_begin - head->columns;
-    fqla__tile *tile = head->slot.tiles;
-    fqla__products products;
+/* The block at column x of head h in the slot. */
+static fqla__rows fqla__slot_block(const fqla__forward_part *part, int32_t h, int32_t x) {
+    const int64_t member = (h - part->h) / part->h_step;
+    fqla__rows rows;
+    rows.row = part->slot.state + (member * fqla__forward_columns(part->desc) + x) * part->desc->dim_k;
+    rows.stride = part->x_width;
+    return rows;
+}
+
+/* Where in h0, ht or snapshots head h of an entry starts. */
+static int64_t fqla__state_base(const fqla_plan_desc *d, int64_t entry, int32_t h) {
+    return (entry * d->heads_v + h) * fqla__state_elements(d);
+}
+
+/* Whether steps can work on the block at column x of such a tensor where it lies. */
+static bool fqla__in_place(const fqla__forward_part *part, const void *states, int32_t x) {
+    return states != NULL && part->desc->state_dtype == FQLA_DTYPE_FP32 && part->desc->state_layout == FQLA_STATE_KV &&
+           fqla__block_columns(part, x) == part->x_width;
+}
+
+static fqla__rows fqla__tensor_block(const fqla_plan_desc *d, const void *states, int64_t base, int32_t x) {
+    fqla__rows rows;
+    rows.row = (float *)states + base + x;
+    rows.stride = d->dim_v;
+    return rows;
+}
+
+/* From a tensor (NULL: zeros) into the slot. */
+static void fqla__block_load(const fqla__forward_part *part, fqla__rows block, const void *states, int64_t base, int32_t x) {
+    const fqla_plan_desc *d = part->desc;
+    const int32_t columns = fqla__block_columns(part, x);
+    int32_t i, y;
+    if (states == NULL || columns < part->x_width)
+        memset(block.row, 0, (size_t)d->dim_k * (size_t)part->x_width * sizeof *block.row);
+    if (states == NULL) return;
+    if (d->state_layout == FQLA_STATE_KV) {
+        for (i = 0; i < d->dim_k; i++)
+            fqla__row_load(part->level, block.row + i * block.stride, states, base + (int64_t)i * d->dim_v + x, columns, d->state_dtype);
+        return;
+    }
+    for (y = 0; y < columns; y += 8) { /* 8 rows of the tensor are 8 columns of the block */
+        for (i = 0; i < 8; i++)
+            fqla__row_load(part->level, part->slot.rows + i * d->dim_k, states, base + (int64_t)(x + y + i) * d->dim_k, d->dim_k,
+                           d->state_dtype);
+        fqla__row_transpose(part->level, block.row + y, block.stride, part->slot.rows, d->dim_k, d->dim_k, 8);
+    }
+}
+
+/* From the slot into a tensor. */
+static void fqla__block_store(const fqla__forward_part *part, fqla__rows block, void *states, int64_t base, int32_t x) {
+    const fqla_plan_desc *d = part->desc;
+    const int32_t columns = fqla__block_columns(part, x);
+    int32_t i, y;
+    if (d->state_layout == FQLA_STATE_KV) {
+        for (i = 0; i < d->dim_k; i++)
+            fqla__row_store(part->level, states, base + (int64_t)i * d->dim_v + x, columns, d->state_dtype, block.row + i * block.stride);
+        return;
+    }
+    for (y = 0; y < columns; y += 8) {
+        fqla__row_transpose(part->level, part->slot.rows, d->dim_k, block.row + y, block.stride, 8, d->dim_k);
+        for (i = 0; i < 8; i++)
+            fqla__row_store(part->level, states, base + (int64_t)(x + y + i) * d->dim_k, d->dim_k, d->state_dtype,
+                            part->slot.rows + i * d->dim_k);
+    }
+}
+
+/* Rows of q and k, and the tiles that all heads of the team share. Rows first, so that many are under way at once. */
+static void fqla__segment_fetch_qk(const fqla__forward_part *part, fqla__segment segment) {
+    const fqla_plan_desc *d = part->desc;
+    const fqla_strides sq = d->strides.q, sk = d->strides.k;
+    fqla__tile *tile = part->slot.tiles;
+    int32_t t;
+    for (t = 0; t < segment.len; t++) {
+        const int64_t row = part->sequence.row + segment.start + t;
+        fqla__row_load(part->level, part->slot.k + t * d->dim_k, part->run->k, row * sk.token + part->h_qk * sk.head, d->dim_k, d->dtype);
+        fqla__row_load(part->level, part->slot.q + t * d->dim_k, part->run->q, row * sq.token + part->h_qk * sq.head, d->dim_k, d->dtype);
+    }
+    for (t = 0; t < segment.len && d->l2norm; t++) {
+        fqla__normalise_row(part->level, part->slot.k + t * d->dim_k, d->dim_k);
+        fqla__normalise_row(part->level, part->slot.q + t * d->dim_k, d->dim_k);
+    }
+    for (t = 0; t < segment.len; t += tile->count, tile++) {
+        tile->count = segment.len - t >= FQLA__TILE ? FQLA__TILE : 1;
+        tile->k = part->slot.k + t * d->dim_k;
+        tile->q = part->slot.q + t * d->dim_k;
+        fqla__tile_products(part->level, tile, d->dim_k);
+    }
+}
+
+/* Rows of v of head h, and its gates into the tiles. */
+static void fqla__segment_fetch_v(const fqla__forward_part *part, fqla__segment segment, int32_t h) {
+    const fqla__run *run = part->run;
+    const fqla_plan_desc *d = part->desc;
+    const fqla_strides sv = d->strides.v, sg = d->strides.g, sb = d->strides.beta;
+    const int64_t first = part->sequence.row + segment.start;
+    const int32_t columns = fqla__forward_columns(d), padding = part->x_end - part->x_begin - part->x_count;
+    fqla__tile *tile = part->slot.tiles;
     float alpha[FQLA__TILE], beta[FQLA__TILE];
     int32_t t, c;
+    for (t = 0; t < segment.len; t++) {
+        float *v = part->slot.v + t * columns + part->x_begin;
+        fqla__row_load(part->level, v, run->v, (first + t) * sv.token + h * sv.head + part->x_begin, part->x_count, d->dtype);
+        if (padding > 0) memset(v + part->x_count, 0, (size_t)padding * sizeof *v);
+    }
     for (t = 0; t < segment.len; t += tile->count, tile++) {
-        float *k = head->slot.k + t * d->dim_k, *q = head->slot.q + t * d->dim_k, *v = head->slot.v + t * stride + head->x_begin;
-        tile->count = fqla__tile_count(segment, t);
-        tile->k = k;
-        tile->q = q;
-        for (c = 0; c < tile->count; c++, k += d->dim_k, q += d->dim_k, v += stride) {
-            const int64_t row = head->sequence.row + segment.start + t + c;
-            const float g = fqla__load(run->g, row * s->g.token + head->h * s->g.head, fqla__g_dtype(d));
-            const float b = fqla__load(run->beta, row * s->beta.token + head->h * s->beta.head, fqla__beta_dtype(d));
-            alpha[c] = fqla__alpha(d, g, run->A_log, run->dt_bias, head->h);
-            beta[c] = fqla__beta(d, b);
-            fqla__row_load(head->level, k, run->k, row * s->k.token + head->h_qk * s->k.head, d->dim_k, d->dtype);
-            fqla__row_load(head->level, q, run->q, row * s->q.token + head->h_qk * s->q.head, d->dim_k, d->dtype);
-            fqla__row_load(head->level, v, run->v, row * s->v.token + head->h * s->v.head + head->x_begin, head->columns, d->dtype);
-            if (padding > 0) memset(v + head->columns, 0, (size_t)padding * sizeof *v);
-            if (d->l2norm) {
-                fqla__normalise_row(head->level, k, d->dim_k);
-                fqla__normalise_row(head->level, q, d->dim_k);
-            }
+        for (c = 0; c < tile->count; c++) {
+            const int64_t row = first + t + c;
+            alpha[c] = fqla__alpha(d, fqla__load(run->g, row * sg.token + h * sg.head, fqla__g_dtype(d)), run->A_log, run->dt_bias, h);
+            beta[c] = fqla__beta(d, fqla__load(run->beta, row * sb.token + h * sb.head, fqla__beta_dtype(d)));
         }
-        fqla__tile_products(head->level, &products, tile, d->dim_k);
-        fqla__tile_prepare(tile, &products, alpha, beta, d->scale);
+        fqla__tile_scalars(tile, alpha, beta, d->scale);
     }
 }
 
-/* Take the block at column x through the segment; its state is read from `from` and left in `to`. */
-static void fqla__segment_run(const fqla__forward_head *head, fqla__segment segment, int32_t x, fqla__rows from, fqla__rows to) {
-    const fqla_plan_desc *d = head->desc;
-    const int32_t stride = fqla__forward_columns(d);
-    const fqla__tile *tile = head->slot.tiles;
+/* Take the block at column x of head h through the tiles; its state is read from `from` and left in `to`. */
+static void fqla__segment_run(const fqla__forward_part *part, fqla__segment segment, int32_t h, int32_t x, fqla__rows from,
+                              fqla__rows to) {
+    const int32_t columns = fqla__forward_columns(part->desc);
+    const fqla__tile *tile = part->slot.tiles;
     fqla__block block;
     int32_t t;
+    block.columns = part->x_width;
     block.from = from;
-    block.v.stride = block.o.stride = stride;
+    block.v.stride = block.o.stride = columns;
     for (t = 0; t < segment.len; t += tile->count, tile++) {
-        block.to = t + tile->count < segment.len ? fqla__slot_state(head, x) : to;
-        block.v.row = head->slot.v + t * stride + x;
-        block.o.row = head->slot.o + t * stride + x;
-        fqla__step(head->level, tile, d->dim_k, &block);
+        block.to = t + tile->count < segment.len ? fqla__slot_block(part, h, x) : to;
+        block.v.row = part->slot.v + t * columns + x;
+        block.o.row = part->slot.o + t * columns + x;
+        fqla__step(part->level, tile, part->desc->dim_k, &block);
         block.from = block.to;
     }
 }
 
-static void fqla__segment_store(const fqla__forward_head *head, fqla__segment segment) {
-    const fqla_plan_desc *d = head->desc;
+static void fqla__segment_store_o(const fqla__forward_part *part, fqla__segment segment, int32_t h) {
+    const fqla_plan_desc *d = part->desc;
     const fqla_strides so = d->strides.o;
-    const float *o = head->slot.o + head->x_begin;
+    const float *o = part->slot.o + part->x_begin;
     int32_t t;
     for (t = 0; t < segment.len; t++, o += fqla__forward_columns(d)) {
-        const int64_t row = head->sequence.row + segment.start + t;
-        fqla__row_store(head->level, head->run->o, row * so.token + head->h * so.head + head->x_begin, head->columns, d->dtype, o);
+        const int64_t row = part->sequence.row + segment.start + t;
+        fqla__row_store(part->level, part->run->o, row * so.token + h * so.head + part->x_begin, part->x_count, d->dtype, o);
     }
 }
 
-/* o = 0 for a padding row of a pool. */
-static void fqla__head_zero(const fqla__forward_head *head) {
-    const fqla_strides so = head->desc->strides.o;
-    int32_t t, i;
-    for (t = 0; t < head->sequence.len; t++)
-        for (i = 0; i < head->columns; i++)
-            fqla__store(head->run->o, (head->sequence.row + t) * so.token + head->h * so.head + head->x_begin + i, head->desc->dtype, 0.0f);
-}
-
-/* States are used where they lie when their layout allows it, else by way of the slot: h0 by the first tile, ht by the last. */
-static void fqla__head_run(const fqla__forward_head *head, const void *h0, int64_t h0_base, void *ht, int64_t ht_base) {
-    const fqla__run *run = head->run;
-    const fqla_plan_desc *d = head->desc;
-    const int32_t len = head->sequence.len, every = run->snapshots != NULL ? run->snapshot_every : 0;
-    fqla__segment segment;
+/* Every block of head h through the tiles. Where the layout allows it, the first tile reads h0 and the last writes ht where they
+   lie: a decode touches a state twice and copies nothing. snapshot: the entry to store the state in; negative: none. */
+static void fqla__segment_head(const fqla__forward_part *part, fqla__segment segment, int32_t h, int64_t snapshot) {
+    const fqla_plan_desc *d = part->desc;
+    const int64_t h0_base = fqla__state_base(d, part->in, h), ht_base = fqla__state_base(d, part->out, h);
+    const bool first = segment.start == 0, last = segment.start + segment.len == part->sequence.len;
     int32_t x;
-    for (x = head->x_begin; x < head->x_end; x += FQLA__COLUMNS)
-        if (len == 0 || !fqla__state_in_place(d, h0, x)) fqla__block_load(head, h0, h0_base, x);
-    for (segment.start = 0; segment.start < len; segment.start += segment.len) {
-        const int32_t most = every > 0 && every < FQLA__SEGMENT ? every : FQLA__SEGMENT;
-        bool snapshot;
-        segment.len = len - segment.start < most ? len - segment.start : most;
-        snapshot = every > 0 && (segment.start + segment.len) % every == 0;
-        fqla__segment_prepare(head, segment);
-        for (x = head->x_begin; x < head->x_end; x += FQLA__COLUMNS) {
-            fqla__rows from = fqla__slot_state(head, x), to = from;
-            if (segment.start == 0 && fqla__state_in_place(d, h0, x)) from = fqla__tensor_state(d, h0, h0_base, x);
-            if (segment.start + segment.len == len && !snapshot && fqla__state_in_place(d, ht, x))
-                to = fqla__tensor_state(d, ht, ht_base, x);
-            fqla__segment_run(head, segment, x, from, to);
-            if (snapshot) {
-                const int64_t entry = head->sequence.snapshot + (segment.start + segment.len) / every - 1;
-                fqla__block_store(head, run->snapshots, fqla__state_base(head, entry), x);
-            }
-        }
-        fqla__segment_store(head, segment);
+    for (x = part->x_begin; x < part->x_end; x += part->x_width) {
+        const fqla__rows block = fqla__slot_block(part, h, x);
+        fqla__rows from = block, to = block;
+        if (first && fqla__in_place(part, part->h0, x)) from = fqla__tensor_block(d, part->h0, h0_base, x);
+        else if (first) fqla__block_load(part, block, part->h0, h0_base, x);
+        if (last && snapshot < 0 && fqla__in_place(part, part->ht, x)) to = fqla__tensor_block(d, part->ht, ht_base, x);
+        fqla__segment_run(part, segment, h, x, from, to);
+        if (snapshot >= 0) fqla__block_store(part, block, part->run->snapshots, fqla__state_base(d, snapshot, h), x);
+        if (last && part->ht != NULL && to.row == block.row) fqla__block_store(part, block, part->ht, ht_base, x);
     }
-    if (ht == NULL) return;
-    for (x = head->x_begin; x < head->x_end; x += FQLA__COLUMNS)
-        if (len == 0 || (every > 0 && len % every == 0) || !fqla__state_in_place(d, ht, x)) fqla__block_store(head, ht, ht_base, x);
 }
 
+static void fqla__forward_sequence(const fqla__forward_part *part) {
+    const int32_t len = part->sequence.len, every = part->run->snapshots != NULL ? part->run->snapshot_every : 0;
+    const int32_t most = every > 0 && every < FQLA__SEGMENT ? every : (int32_t)FQLA__SEGMENT;
+    fqla__segment segment;
+    int32_t h;
+    for (segment.start = 0; segment.start < len; segment.start += segment.len) {
+        int64_t snapshot = -1;
+        segment.len = len - segment.start < most ? len - segment.start : most;
+        if (every > 0 && (segment.start + segment.len) % every == 0)
+            snapshot = part->sequence.snapshot + (segment.start + segment.len) / every - 1;
+        fqla__segment_fetch_qk(part, segment);
+        for (h = part->h; h < part->h + part->team * part->h_step; h += part->h_step) {
+            fqla__segment_fetch_v(part, segment, h);
+            fqla__segment_head(part, segment, h, snapshot);
+            fqla__segment_store_o(part, segment, h);
+        }
+    }
+}
+
+/* A sequence of no tokens: ht = h0. */
+static void fqla__forward_empty(const fqla__forward_part *part) {
+    const fqla_plan_desc *d = part->desc;
+    int32_t h, x;
+    if (part->ht == NULL) return;
+    for (h = part->h; h < part->h + part->team * part->h_step; h += part->h_step)
+        for (x = part->x_begin; x < part->x_end; x += part->x_width) {
+            const fqla__rows block = fqla__slot_block(part, h, x);
+            fqla__block_load(part, block, part->h0, fqla__state_base(d, part->in, h), x);
+            fqla__block_store(part, block, part->ht, fqla__state_base(d, part->out, h), x);
+        }
+}
+
+/* A padding row of a pool: o = 0. */
+static void fqla__forward_padding(const fqla__forward_part *part) {
+    const fqla_plan_desc *d = part->desc;
+    const fqla_strides so = d->strides.o;
+    int32_t h, t, x;
+    for (h = part->h; h < part->h + part->team * part->h_step; h += part->h_step)
+        for (t = 0; t < part->sequence.len; t++)
+            for (x = 0; x < part->x_count; x++)
+                fqla__store(part->run->o, (part->sequence.row + t) * so.token + h * so.head + part->x_begin + x, d->dtype, 0.0f);
+}
+
+/* How a run is divided. No bit of its results depends on it. */
 typedef struct fqla__forward_job {
     const fqla__run *run;
-    int32_t split; /* tasks of a head: 1, or one a block */
+    int32_t team;
+    int32_t split; /* tasks of a team: 1, or one a block of columns */
 } fqla__forward_job;
 
-static void fqla__forward_task(void *context, int64_t task, int32_t index) {
+static void fqla__forward_task(void *context, int64_t task, int32_t slot) {
     const fqla__forward_job *job = (const fqla__forward_job *)context;
     const fqla__run *run = job->run;
     const fqla_plan_desc *d = &run->plan->desc;
-    const int32_t n = (int32_t)(task / job->split / d->heads_v), part = (int32_t)(task % job->split);
-    const int32_t in = run->state_in != NULL ? run->state_in[n] : n, out = run->state_out != NULL ? run->state_out[n] : n;
-    const int64_t slot_size = fqla__forward_slot_layout(d, NULL, NULL);
-    const int32_t width = fqla__forward_columns(d) / job->split;
-    fqla__forward_head head;
-    head.run = run;
-    head.desc = d;
-    head.level = run->plan->context->summary.cpu_level;
-    fqla__forward_slot_layout(d, (char *)run->workspace + index * slot_size, &head.slot);
-    head.sequence = fqla__run_sequence(run, n);
-    head.h = (int32_t)(task / job->split % d->heads_v);
-    head.h_qk = fqla__head_qk(d, head.h);
-    head.x_begin = part * width;
-    head.x_end = head.x_begin + width;
-    head.columns = (head.x_end < d->dim_v ? head.x_end : d->dim_v) - head.x_begin;
-    if (in < 0 && out < 0)
-        fqla__head_zero(&head);
-    else
-        fqla__head_run(&head, in >= 0 ? run->h0 : NULL, fqla__state_base(&head, in), out >= 0 ? run->ht : NULL,
-                       fqla__state_base(&head, out));
+    const int32_t heads = d->heads_v / d->heads_qk, width = fqla__forward_columns(d) / job->split;
+    const int32_t teams = d->heads_v / job->team, n = (int32_t)(task / job->split / teams);
+    const int32_t index = (int32_t)(task / job->split % teams) * job->team; /* of the first head, in the order of q/k heads */
+    fqla__forward_part part;
+    part.run = run;
+    part.desc = d;
+    part.level = run->plan->context->summary.cpu_level;
+    fqla__forward_slot_layout(d, (char *)run->workspace + slot * fqla__forward_slot_layout(d, NULL, NULL), &part.slot);
+    part.sequence = fqla__run_sequence(run, n);
+    part.in = run->state_in != NULL ? run->state_in[n] : n;
+    part.out = run->state_out != NULL ? run->state_out[n] : n;
+    part.h0 = part.in >= 0 ? run->h0 : NULL;
+    part.ht = part.out >= 0 ? run->ht : NULL;
+    part.team = job->team;
+    part.h_step = d->head_map == FQLA_HEAD_MAP_DIV ? 1 : d->heads_qk;
+    part.h = d->head_map == FQLA_HEAD_MAP_DIV ? index : index / heads + index % heads * d->heads_qk;
+    part.h_qk = fqla__head_qk(d, part.h);
+    part.x_begin = (int32_t)(task % job->split) * width;
+    part.x_end = part.x_begin + width;
+    part.x_width = part.sequence.len == 1 ? width : (int32_t)FQLA__COLUMNS;
+    part.x_count = (part.x_end < d->dim_v ? part.x_end : d->dim_v) - part.x_begin;
+    if (part.in < 0 && part.out < 0) fqla__forward_padding(&part);
+    else if (part.sequence.len == 0) fqla__forward_empty(&part);
+    else fqla__forward_sequence(&part);
 }
 
 static void fqla__cpu_forward(const fqla__run *run) {
     fqla_context *context = run->plan->context;
-    const int64_t heads = (int64_t)run->plan->num_seqs * run->plan->desc.heads_v;
+    const fqla_plan_desc *d = &run->plan->desc;
+    const int32_t num_seqs = run->plan->num_seqs, num_threads = context->summary.num_threads;
+    const int64_t heads = (int64_t)num_seqs * d->heads_v;
     fqla__forward_job job;
     job.run = run;
-    job.split = heads < 4 * (int64_t)context->summary.num_threads ? fqla__forward_blocks(&run->plan->desc) : 1;
-    fqla__pool_run(&context->pool, fqla__forward_task, &job, heads * job.split);
+    job.team = fqla__forward_team(d, num_seqs, num_threads);
+    job.split = heads < 4 * (int64_t)num_threads ? fqla__forward_columns(d) / FQLA__COLUMNS : 1;
+    fqla__pool_run(&context->pool, fqla__forward_task, &job, heads / job.team * job.split);
 }

@@ -56,13 +56,14 @@ FLASHQLA__TARGET_AVX2 static inline void fqla__solve_4_avx2(const fqla__tile *ti
 }
 
 /* 8 columns at a time: 8 sums and an operand for each. */
-FLASHQLA__TARGET_AVX2 static void fqla__step_4_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+FLASHQLA__TARGET_AVX2 static void fqla__step_4_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block, int32_t x) {
     const float *k0 = tile->k, *k1 = k0 + dim_k, *k2 = k1 + dim_k, *k3 = k2 + dim_k;
     const float *q0 = tile->q, *q1 = q0 + dim_k, *q2 = q1 + dim_k, *q3 = q2 + dim_k;
     const int64_t from_stride = block->from.stride, to_stride = block->to.stride;
     const __m256 zero = _mm256_setzero_ps(), ss = _mm256_set1_ps(tile->ss);
-    int32_t i, x;
-    for (x = 0; x < FQLA__COLUMNS; x += 8) {
+    const int32_t end = x + FQLA__COLUMNS;
+    int32_t i;
+    for (; x < end; x += 8) {
         __m256 sk0 = zero, sk1 = zero, sk2 = zero, sk3 = zero, sq0 = zero, sq1 = zero, sq2 = zero, sq3 = zero, u[4];
         const float *from = block->from.row + x;
         float *to = block->to.row + x;
@@ -94,9 +95,9 @@ FLASHQLA__TARGET_AVX2 static void fqla__step_4_avx2(const fqla__tile *tile, int3
 }
 
 /* All 32 columns at once. */
-FLASHQLA__TARGET_AVX2 static void fqla__step_1_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
-    const float *k = tile->k, *q = tile->q, *v = block->v.row, *from = block->from.row;
-    float *o = block->o.row, *to = block->to.row;
+FLASHQLA__TARGET_AVX2 static void fqla__step_1_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block, int32_t x) {
+    const float *k = tile->k, *q = tile->q, *v = block->v.row + x, *from = block->from.row + x;
+    float *o = block->o.row + x, *to = block->to.row + x;
     const __m256 zero = _mm256_setzero_ps(), ss = _mm256_set1_ps(tile->ss);
     const __m256 uv = _mm256_set1_ps(tile->uv[0]), us = _mm256_set1_ps(tile->us[0]);
     const __m256 os = _mm256_set1_ps(tile->os[0]), ou = _mm256_set1_ps(tile->ou[0][0]);
@@ -118,7 +119,7 @@ FLASHQLA__TARGET_AVX2 static void fqla__step_1_avx2(const fqla__tile *tile, int3
     _mm256_storeu_ps(o + 8, _mm256_fmadd_ps(ou, kb, _mm256_mul_ps(os, qb)));
     _mm256_storeu_ps(o + 16, _mm256_fmadd_ps(ou, kc, _mm256_mul_ps(os, qc)));
     _mm256_storeu_ps(o + 24, _mm256_fmadd_ps(ou, kd, _mm256_mul_ps(os, qd)));
-    from = block->from.row;
+    from = block->from.row + x;
     for (i = 0; i < dim_k; i++, from += block->from.stride, to += block->to.stride) {
         const __m256 ki = _mm256_set1_ps(k[i]);
         _mm256_storeu_ps(to, _mm256_fmadd_ps(ki, ka, _mm256_mul_ps(ss, _mm256_loadu_ps(from))));
@@ -129,7 +130,7 @@ FLASHQLA__TARGET_AVX2 static void fqla__step_1_avx2(const fqla__tile *tile, int3
 }
 
 /* The products of 4 tokens: 16 sums in two passes. */
-FLASHQLA__TARGET_AVX2 static void fqla__products_4_avx2(fqla__products *p, const fqla__tile *tile, int32_t dim_k) {
+FLASHQLA__TARGET_AVX2 static void fqla__tile_products_4_avx2(fqla__tile *tile, int32_t dim_k) {
     const float *k0 = tile->k, *k1 = k0 + dim_k, *k2 = k1 + dim_k, *k3 = k2 + dim_k;
     const float *q0 = tile->q, *q1 = q0 + dim_k, *q2 = q1 + dim_k, *q3 = q2 + dim_k;
     const __m256 zero = _mm256_setzero_ps();
@@ -154,13 +155,13 @@ FLASHQLA__TARGET_AVX2 static void fqla__products_4_avx2(fqla__products *p, const
         q33 = _mm256_fmadd_ps(f, d, q33);
     }
     _mm256_storeu_ps(sums + 8, fqla__sums_avx2(q11, q20, q21, q22, q30, q31, q32, q33));
-    p->kk[1][0] = sums[0];
-    p->kk[2][0] = sums[1], p->kk[2][1] = sums[2];
-    p->kk[3][0] = sums[3], p->kk[3][1] = sums[4], p->kk[3][2] = sums[5];
-    p->qk[0][0] = sums[6];
-    p->qk[1][0] = sums[7], p->qk[1][1] = sums[8];
-    p->qk[2][0] = sums[9], p->qk[2][1] = sums[10], p->qk[2][2] = sums[11];
-    p->qk[3][0] = sums[12], p->qk[3][1] = sums[13], p->qk[3][2] = sums[14], p->qk[3][3] = sums[15];
+    tile->kk[1][0] = sums[0];
+    tile->kk[2][0] = sums[1], tile->kk[2][1] = sums[2];
+    tile->kk[3][0] = sums[3], tile->kk[3][1] = sums[4], tile->kk[3][2] = sums[5];
+    tile->qk[0][0] = sums[6];
+    tile->qk[1][0] = sums[7], tile->qk[1][1] = sums[8];
+    tile->qk[2][0] = sums[9], tile->qk[2][1] = sums[10], tile->qk[2][2] = sums[11];
+    tile->qk[3][0] = sums[12], tile->qk[3][1] = sums[13], tile->qk[3][2] = sums[14], tile->qk[3][3] = sums[15];
 }
 
 /* 16 columns' u, times su, and their outputs. */
@@ -209,100 +210,148 @@ FLASHQLA__TARGET_AVX512 static inline void fqla__solve_4_avx512(const fqla__tile
 }
 
 /* All 32 columns, vectors a and b: 16 sums, an operand for two. */
-FLASHQLA__TARGET_AVX512 static void fqla__step_4_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+FLASHQLA__TARGET_AVX512 static void fqla__step_4_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block, int32_t x) {
     const float *k0 = tile->k, *k1 = k0 + dim_k, *k2 = k1 + dim_k, *k3 = k2 + dim_k;
     const float *q0 = tile->q, *q1 = q0 + dim_k, *q2 = q1 + dim_k, *q3 = q2 + dim_k;
-    const float *from = block->from.row;
-    float *to = block->to.row;
+    const float *from = block->from.row + x;
+    float *to = block->to.row + x;
     const __m512 zero = _mm512_setzero_ps(), ss = _mm512_set1_ps(tile->ss);
     __m512 k0a = zero, k1a = zero, k2a = zero, k3a = zero, q0a = zero, q1a = zero, q2a = zero, q3a = zero, ua[4];
     __m512 k0b = zero, k1b = zero, k2b = zero, k3b = zero, q0b = zero, q1b = zero, q2b = zero, q3b = zero, ub[4];
     int32_t i;
     for (i = 0; i < dim_k; i++, from += block->from.stride) {
         const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
-        __m512 x;
-        x = _mm512_set1_ps(k0[i]), k0a = _mm512_fmadd_ps(x, a, k0a), k0b = _mm512_fmadd_ps(x, b, k0b);
-        x = _mm512_set1_ps(k1[i]), k1a = _mm512_fmadd_ps(x, a, k1a), k1b = _mm512_fmadd_ps(x, b, k1b);
-        x = _mm512_set1_ps(k2[i]), k2a = _mm512_fmadd_ps(x, a, k2a), k2b = _mm512_fmadd_ps(x, b, k2b);
-        x = _mm512_set1_ps(k3[i]), k3a = _mm512_fmadd_ps(x, a, k3a), k3b = _mm512_fmadd_ps(x, b, k3b);
-        x = _mm512_set1_ps(q0[i]), q0a = _mm512_fmadd_ps(x, a, q0a), q0b = _mm512_fmadd_ps(x, b, q0b);
-        x = _mm512_set1_ps(q1[i]), q1a = _mm512_fmadd_ps(x, a, q1a), q1b = _mm512_fmadd_ps(x, b, q1b);
-        x = _mm512_set1_ps(q2[i]), q2a = _mm512_fmadd_ps(x, a, q2a), q2b = _mm512_fmadd_ps(x, b, q2b);
-        x = _mm512_set1_ps(q3[i]), q3a = _mm512_fmadd_ps(x, a, q3a), q3b = _mm512_fmadd_ps(x, b, q3b);
+        __m512 y;
+        y = _mm512_set1_ps(k0[i]), k0a = _mm512_fmadd_ps(y, a, k0a), k0b = _mm512_fmadd_ps(y, b, k0b);
+        y = _mm512_set1_ps(k1[i]), k1a = _mm512_fmadd_ps(y, a, k1a), k1b = _mm512_fmadd_ps(y, b, k1b);
+        y = _mm512_set1_ps(k2[i]), k2a = _mm512_fmadd_ps(y, a, k2a), k2b = _mm512_fmadd_ps(y, b, k2b);
+        y = _mm512_set1_ps(k3[i]), k3a = _mm512_fmadd_ps(y, a, k3a), k3b = _mm512_fmadd_ps(y, b, k3b);
+        y = _mm512_set1_ps(q0[i]), q0a = _mm512_fmadd_ps(y, a, q0a), q0b = _mm512_fmadd_ps(y, b, q0b);
+        y = _mm512_set1_ps(q1[i]), q1a = _mm512_fmadd_ps(y, a, q1a), q1b = _mm512_fmadd_ps(y, b, q1b);
+        y = _mm512_set1_ps(q2[i]), q2a = _mm512_fmadd_ps(y, a, q2a), q2b = _mm512_fmadd_ps(y, b, q2b);
+        y = _mm512_set1_ps(q3[i]), q3a = _mm512_fmadd_ps(y, a, q3a), q3b = _mm512_fmadd_ps(y, b, q3b);
     }
-    fqla__solve_4_avx512(tile, block, 0, k0a, k1a, k2a, k3a, q0a, q1a, q2a, q3a, ua);
-    fqla__solve_4_avx512(tile, block, 16, k0b, k1b, k2b, k3b, q0b, q1b, q2b, q3b, ub);
+    fqla__solve_4_avx512(tile, block, x, k0a, k1a, k2a, k3a, q0a, q1a, q2a, q3a, ua);
+    fqla__solve_4_avx512(tile, block, x + 16, k0b, k1b, k2b, k3b, q0b, q1b, q2b, q3b, ub);
     {
         const __m512 u0a = ua[0], u1a = ua[1], u2a = ua[2], u3a = ua[3], u0b = ub[0], u1b = ub[1], u2b = ub[2], u3b = ub[3];
-        from = block->from.row;
+        from = block->from.row + x;
         for (i = 0; i < dim_k; i++, from += block->from.stride, to += block->to.stride) {
             __m512 a = _mm512_mul_ps(ss, _mm512_loadu_ps(from)), b = _mm512_mul_ps(ss, _mm512_loadu_ps(from + 16));
-            __m512 x;
-            x = _mm512_set1_ps(k0[i]), a = _mm512_fmadd_ps(x, u0a, a), b = _mm512_fmadd_ps(x, u0b, b);
-            x = _mm512_set1_ps(k1[i]), a = _mm512_fmadd_ps(x, u1a, a), b = _mm512_fmadd_ps(x, u1b, b);
-            x = _mm512_set1_ps(k2[i]), a = _mm512_fmadd_ps(x, u2a, a), b = _mm512_fmadd_ps(x, u2b, b);
-            x = _mm512_set1_ps(k3[i]), a = _mm512_fmadd_ps(x, u3a, a), b = _mm512_fmadd_ps(x, u3b, b);
+            __m512 y;
+            y = _mm512_set1_ps(k0[i]), a = _mm512_fmadd_ps(y, u0a, a), b = _mm512_fmadd_ps(y, u0b, b);
+            y = _mm512_set1_ps(k1[i]), a = _mm512_fmadd_ps(y, u1a, a), b = _mm512_fmadd_ps(y, u1b, b);
+            y = _mm512_set1_ps(k2[i]), a = _mm512_fmadd_ps(y, u2a, a), b = _mm512_fmadd_ps(y, u2b, b);
+            y = _mm512_set1_ps(k3[i]), a = _mm512_fmadd_ps(y, u3a, a), b = _mm512_fmadd_ps(y, u3b, b);
             _mm512_storeu_ps(to, a);
             _mm512_storeu_ps(to + 16, b);
         }
     }
 }
 
-/* All 32 columns, vectors a and b; even and odd rows are summed apart, so that 8 sums are under way. */
-FLASHQLA__TARGET_AVX512 static void fqla__step_1_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
-    const float *k = tile->k, *q = tile->q, *v = block->v.row, *from = block->from.row;
-    float *o = block->o.row, *to = block->to.row;
-    const int64_t from_stride = block->from.stride, to_stride = block->to.stride;
+/* One token, 32 columns from x on, vectors a and b. */
+FLASHQLA__TARGET_AVX512 static void fqla__step_1_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block, int32_t x) {
+    const float *k = tile->k, *q = tile->q, *v = block->v.row + x, *from = block->from.row + x;
+    float *o = block->o.row + x, *to = block->to.row + x;
     const __m512 zero = _mm512_setzero_ps(), ss = _mm512_set1_ps(tile->ss);
     const __m512 uv = _mm512_set1_ps(tile->uv[0]), us = _mm512_set1_ps(tile->us[0]);
     const __m512 os = _mm512_set1_ps(tile->os[0]), ou = _mm512_set1_ps(tile->ou[0][0]);
-    __m512 k0a = zero, k0b = zero, q0a = zero, q0b = zero, k1a = zero, k1b = zero, q1a = zero, q1b = zero, ua, ub, x, a, b;
+    __m512 ka = zero, kb = zero, qa = zero, qb = zero, ua, ub;
     int32_t i;
-    for (i = 0; i < dim_k; i += 2, from += 2 * from_stride) {
-        a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
-        x = _mm512_set1_ps(k[i]), k0a = _mm512_fmadd_ps(x, a, k0a), k0b = _mm512_fmadd_ps(x, b, k0b);
-        x = _mm512_set1_ps(q[i]), q0a = _mm512_fmadd_ps(x, a, q0a), q0b = _mm512_fmadd_ps(x, b, q0b);
-        a = _mm512_loadu_ps(from + from_stride), b = _mm512_loadu_ps(from + from_stride + 16);
-        x = _mm512_set1_ps(k[i + 1]), k1a = _mm512_fmadd_ps(x, a, k1a), k1b = _mm512_fmadd_ps(x, b, k1b);
-        x = _mm512_set1_ps(q[i + 1]), q1a = _mm512_fmadd_ps(x, a, q1a), q1b = _mm512_fmadd_ps(x, b, q1b);
+    for (i = 0; i < dim_k; i++, from += block->from.stride) {
+        const __m512 ki = _mm512_set1_ps(k[i]), qi = _mm512_set1_ps(q[i]), a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
+        ka = _mm512_fmadd_ps(ki, a, ka), qa = _mm512_fmadd_ps(qi, a, qa);
+        kb = _mm512_fmadd_ps(ki, b, kb), qb = _mm512_fmadd_ps(qi, b, qb);
     }
-    ua = _mm512_fmadd_ps(us, _mm512_add_ps(k0a, k1a), _mm512_mul_ps(uv, _mm512_loadu_ps(v)));
-    ub = _mm512_fmadd_ps(us, _mm512_add_ps(k0b, k1b), _mm512_mul_ps(uv, _mm512_loadu_ps(v + 16)));
-    _mm512_storeu_ps(o, _mm512_fmadd_ps(ou, ua, _mm512_mul_ps(os, _mm512_add_ps(q0a, q1a))));
-    _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(ou, ub, _mm512_mul_ps(os, _mm512_add_ps(q0b, q1b))));
-    from = block->from.row;
-    for (i = 0; i < dim_k; i++, from += from_stride, to += to_stride) {
-        x = _mm512_set1_ps(k[i]);
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(x, ua, _mm512_mul_ps(ss, _mm512_loadu_ps(from))));
-        _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(x, ub, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 16))));
+    ua = _mm512_fmadd_ps(us, ka, _mm512_mul_ps(uv, _mm512_loadu_ps(v)));
+    ub = _mm512_fmadd_ps(us, kb, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 16)));
+    _mm512_storeu_ps(o, _mm512_fmadd_ps(ou, ua, _mm512_mul_ps(os, qa)));
+    _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(ou, ub, _mm512_mul_ps(os, qb)));
+    from = block->from.row + x;
+    for (i = 0; i < dim_k; i++, from += block->from.stride, to += block->to.stride) {
+        const __m512 ki = _mm512_set1_ps(k[i]);
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(ki, ua, _mm512_mul_ps(ss, _mm512_loadu_ps(from))));
+        _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(ki, ub, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 16))));
+    }
+}
+
+/* One token, 128 columns: rows of 512 bytes in a row are as fast as memory gives them, pieces of 128 bytes are not. */
+FLASHQLA__TARGET_AVX512 static void fqla__step_1_wide_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block, int32_t x) {
+    const float *k = tile->k, *q = tile->q, *v = block->v.row + x, *from = block->from.row + x;
+    float *o = block->o.row + x, *to = block->to.row + x;
+    const __m512 zero = _mm512_setzero_ps(), ss = _mm512_set1_ps(tile->ss);
+    const __m512 uv = _mm512_set1_ps(tile->uv[0]), us = _mm512_set1_ps(tile->us[0]);
+    const __m512 os = _mm512_set1_ps(tile->os[0]), ou = _mm512_set1_ps(tile->ou[0][0]);
+    __m512 ka = zero, kb = zero, kc = zero, kd = zero, ke = zero, kf = zero, kg = zero, kh = zero;
+    __m512 qa = zero, qb = zero, qc = zero, qd = zero, qe = zero, qf = zero, qg = zero, qh = zero;
+    int32_t i;
+    for (i = 0; i < dim_k; i++, from += block->from.stride) {
+        const __m512 ki = _mm512_set1_ps(k[i]), qi = _mm512_set1_ps(q[i]);
+        __m512 s;
+        s = _mm512_loadu_ps(from), ka = _mm512_fmadd_ps(ki, s, ka), qa = _mm512_fmadd_ps(qi, s, qa);
+        s = _mm512_loadu_ps(from + 16), kb = _mm512_fmadd_ps(ki, s, kb), qb = _mm512_fmadd_ps(qi, s, qb);
+        s = _mm512_loadu_ps(from + 32), kc = _mm512_fmadd_ps(ki, s, kc), qc = _mm512_fmadd_ps(qi, s, qc);
+        s = _mm512_loadu_ps(from + 48), kd = _mm512_fmadd_ps(ki, s, kd), qd = _mm512_fmadd_ps(qi, s, qd);
+        s = _mm512_loadu_ps(from + 64), ke = _mm512_fmadd_ps(ki, s, ke), qe = _mm512_fmadd_ps(qi, s, qe);
+        s = _mm512_loadu_ps(from + 80), kf = _mm512_fmadd_ps(ki, s, kf), qf = _mm512_fmadd_ps(qi, s, qf);
+        s = _mm512_loadu_ps(from + 96), kg = _mm512_fmadd_ps(ki, s, kg), qg = _mm512_fmadd_ps(qi, s, qg);
+        s = _mm512_loadu_ps(from + 112), kh = _mm512_fmadd_ps(ki, s, kh), qh = _mm512_fmadd_ps(qi, s, qh);
+    }
+    ka = _mm512_fmadd_ps(us, ka, _mm512_mul_ps(uv, _mm512_loadu_ps(v))); /* from here on u */
+    kb = _mm512_fmadd_ps(us, kb, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 16)));
+    kc = _mm512_fmadd_ps(us, kc, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 32)));
+    kd = _mm512_fmadd_ps(us, kd, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 48)));
+    ke = _mm512_fmadd_ps(us, ke, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 64)));
+    kf = _mm512_fmadd_ps(us, kf, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 80)));
+    kg = _mm512_fmadd_ps(us, kg, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 96)));
+    kh = _mm512_fmadd_ps(us, kh, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 112)));
+    _mm512_storeu_ps(o, _mm512_fmadd_ps(ou, ka, _mm512_mul_ps(os, qa)));
+    _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(ou, kb, _mm512_mul_ps(os, qb)));
+    _mm512_storeu_ps(o + 32, _mm512_fmadd_ps(ou, kc, _mm512_mul_ps(os, qc)));
+    _mm512_storeu_ps(o + 48, _mm512_fmadd_ps(ou, kd, _mm512_mul_ps(os, qd)));
+    _mm512_storeu_ps(o + 64, _mm512_fmadd_ps(ou, ke, _mm512_mul_ps(os, qe)));
+    _mm512_storeu_ps(o + 80, _mm512_fmadd_ps(ou, kf, _mm512_mul_ps(os, qf)));
+    _mm512_storeu_ps(o + 96, _mm512_fmadd_ps(ou, kg, _mm512_mul_ps(os, qg)));
+    _mm512_storeu_ps(o + 112, _mm512_fmadd_ps(ou, kh, _mm512_mul_ps(os, qh)));
+    from = block->from.row + x;
+    for (i = 0; i < dim_k; i++, from += block->from.stride, to += block->to.stride) {
+        const __m512 ki = _mm512_set1_ps(k[i]);
+        _mm512_storeu_ps(to, _mm512_fmadd_ps(ki, ka, _mm512_mul_ps(ss, _mm512_loadu_ps(from))));
+        _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(ki, kb, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 16))));
+        _mm512_storeu_ps(to + 32, _mm512_fmadd_ps(ki, kc, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 32))));
+        _mm512_storeu_ps(to + 48, _mm512_fmadd_ps(ki, kd, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 48))));
+        _mm512_storeu_ps(to + 64, _mm512_fmadd_ps(ki, ke, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 64))));
+        _mm512_storeu_ps(to + 80, _mm512_fmadd_ps(ki, kf, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 80))));
+        _mm512_storeu_ps(to + 96, _mm512_fmadd_ps(ki, kg, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 96))));
+        _mm512_storeu_ps(to + 112, _mm512_fmadd_ps(ki, kh, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 112))));
     }
 }
 #endif
 
+/* All columns of the block. A column's bits are the same in every kernel of a level. */
 static void fqla__step(fqla_cpu_level level, const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+    int32_t x = 0;
 #if FLASHQLA__X86
-    if (level == FQLA_CPU_AVX512) {
-        if (tile->count == FQLA__TILE) fqla__step_4_avx512(tile, dim_k, block);
-        else fqla__step_1_avx512(tile, dim_k, block);
-        return;
-    }
-    if (level == FQLA_CPU_AVX2) {
-        if (tile->count == FQLA__TILE) fqla__step_4_avx2(tile, dim_k, block);
-        else fqla__step_1_avx2(tile, dim_k, block);
-        return;
+    if (level == FQLA_CPU_AVX512 && tile->count == 1)
+        for (; x + 128 <= block->columns; x += 128) fqla__step_1_wide_avx512(tile, dim_k, block, x);
+    for (; x < block->columns && level >= FQLA_CPU_AVX2; x += FQLA__COLUMNS) {
+        if (level == FQLA_CPU_AVX512 && tile->count == 1) fqla__step_1_avx512(tile, dim_k, block, x);
+        else if (level == FQLA_CPU_AVX512) fqla__step_4_avx512(tile, dim_k, block, x);
+        else if (tile->count == 1) fqla__step_1_avx2(tile, dim_k, block, x);
+        else fqla__step_4_avx2(tile, dim_k, block, x);
     }
 #endif
     (void)level;
-    fqla__step_plain(tile, dim_k, block);
+    for (; x < block->columns; x += FQLA__COLUMNS) fqla__step_plain(tile, dim_k, block, x);
 }
 
-static void fqla__tile_products(fqla_cpu_level level, fqla__products *p, const fqla__tile *tile, int32_t dim_k) {
+static void fqla__tile_products(fqla_cpu_level level, fqla__tile *tile, int32_t dim_k) {
 #if FLASHQLA__X86
     if (level >= FQLA_CPU_AVX2 && tile->count == FQLA__TILE) {
-        fqla__products_4_avx2(p, tile, dim_k);
+        fqla__tile_products_4_avx2(tile, dim_k);
         return;
     }
 #endif
     (void)level;
-    fqla__products_plain(p, tile, dim_k);
+    fqla__tile_products_plain(tile, dim_k);
 }
