@@ -188,8 +188,9 @@ int main(int argc, char **argv) {
     u.s = allocate(u.context, sizeof *u.s);
     u.w = allocate(u.context, sizeof *u.w);
     must(fqla_upload(u.context, u.w, &layer, sizeof layer, NULL));
-    printf("%d agents, heads %d/%d, on the %s (%d threads), %.0f MiB of states\n", AGENTS, HEADS_QK, HEADS_V,
-           summary.backend == FQLA_BACKEND_CUDA ? "GPU" : "CPU", (int)summary.num_threads, (double)pool_bytes / 1048576);
+    printf("%d agents, heads %d/%d, %.0f MiB of states, on the ", AGENTS, HEADS_QK, HEADS_V, (double)pool_bytes / 1048576);
+    if (summary.backend == FQLA_BACKEND_CUDA) printf("GPU\n");
+    else printf("CPU, %d threads\n", (int)summary.num_threads);
 
     const size_t rows = (size_t)cu_seqlens[AGENTS];
     observe(&seen, rows, TICKS);
