@@ -77,37 +77,56 @@ static void fqla__tile_scalars(fqla__tile *tile, const float *alpha, const float
     tile->ss = from_start;
 }
 
-/* Columns first .. first + FQLA__COLUMNS - 1 of the block, as all kernels do. */
-static void fqla__step_plain(const fqla__tile *tile, int32_t dim_k, const fqla__block *block, int32_t first) {
-    const float *state = block->from.row + first;
-    float u[FQLA__TILE][FQLA__COLUMNS];
-    int32_t c, j, i, x;
-    for (c = 0; c < tile->count; c++) {
-        const float *k = tile->k + c * dim_k, *q = tile->q + c * dim_k, *v = block->v.row + c * block->v.stride + first;
-        float *o = block->o.row + c * block->o.stride + first;
-        float ks[FQLA__COLUMNS], qs[FQLA__COLUMNS];
-        for (x = 0; x < FQLA__COLUMNS; x++) ks[x] = qs[x] = 0.0f;
-        for (i = 0; i < dim_k; i++) {
-            const float *s = state + i * block->from.stride;
-            for (x = 0; x < FQLA__COLUMNS; x++) ks[x] += k[i] * s[x];
-            for (x = 0; x < FQLA__COLUMNS; x++) qs[x] += q[i] * s[x];
+/* What plain C multiplies at once: 4 columns where the compiler has vectors (of SSE2, NEON), else one. */
+#if defined(__GNUC__) && !defined(__TINYC__)
+typedef float fqla__lanes __attribute__((vector_size(16), aligned(4), may_alias));
+#else
+typedef float fqla__lanes;
+#endif
+
+static fqla__lanes *fqla__row_lanes(fqla__rows rows, int32_t i, int32_t x) {
+    return (fqla__lanes *)(void *)(rows.row + i * rows.stride + x);
+}
+
+/* FQLA__COLUMNS columns from x on, 4 vectors (a, b, c, d) at a time; token by token, so that 8 sums stay in registers. */
+static void fqla__step_plain(const fqla__tile *tile, int32_t dim_k, const fqla__block *block, int32_t x) {
+    const int32_t end = x + FQLA__COLUMNS, width = 4 * (int32_t)(sizeof(fqla__lanes) / sizeof(float));
+    for (; x < end; x += width) {
+        fqla__lanes u[FQLA__TILE][4];
+        int32_t t, j, i;
+        for (t = 0; t < tile->count; t++) {
+            const float *k = tile->k + t * dim_k, *q = tile->q + t * dim_k;
+            const fqla__lanes zero = { 0 }, *v = fqla__row_lanes(block->v, t, x);
+            fqla__lanes ka = zero, kb = zero, kc = zero, kd = zero, qa = zero, qb = zero, qc = zero, qd = zero;
+            fqla__lanes *o = fqla__row_lanes(block->o, t, x);
+            for (i = 0; i < dim_k; i++) {
+                const fqla__lanes *s = fqla__row_lanes(block->from, i, x);
+                ka += k[i] * s[0], kb += k[i] * s[1], kc += k[i] * s[2], kd += k[i] * s[3];
+                qa += q[i] * s[0], qb += q[i] * s[1], qc += q[i] * s[2], qd += q[i] * s[3];
+            }
+            u[t][0] = tile->uv[t] * v[0] + tile->us[t] * ka;
+            u[t][1] = tile->uv[t] * v[1] + tile->us[t] * kb;
+            u[t][2] = tile->uv[t] * v[2] + tile->us[t] * kc;
+            u[t][3] = tile->uv[t] * v[3] + tile->us[t] * kd;
+            for (j = 0; j < t; j++)
+                for (i = 0; i < 4; i++) u[t][i] += tile->uu[t][j] * u[j][i];
+            qa *= tile->os[t], qb *= tile->os[t], qc *= tile->os[t], qd *= tile->os[t];
+            for (j = 0; j <= t; j++)
+                qa += tile->ou[t][j] * u[j][0], qb += tile->ou[t][j] * u[j][1], qc += tile->ou[t][j] * u[j][2],
+                    qd += tile->ou[t][j] * u[j][3];
+            o[0] = qa, o[1] = qb, o[2] = qc, o[3] = qd;
         }
-        for (x = 0; x < FQLA__COLUMNS; x++) u[c][x] = tile->uv[c] * v[x] + tile->us[c] * ks[x];
-        for (j = 0; j < c; j++)
-            for (x = 0; x < FQLA__COLUMNS; x++) u[c][x] += tile->uu[c][j] * u[j][x];
-        for (x = 0; x < FQLA__COLUMNS; x++) qs[x] *= tile->os[c];
-        for (j = 0; j <= c; j++)
-            for (x = 0; x < FQLA__COLUMNS; x++) qs[x] += tile->ou[c][j] * u[j][x];
-        memcpy(o, qs, sizeof qs);
-    }
-    for (c = 0; c < tile->count; c++)
-        for (x = 0; x < FQLA__COLUMNS; x++) u[c][x] *= tile->su[c];
-    for (i = 0; i < dim_k; i++) {
-        const float *from = state + i * block->from.stride;
-        float s[FQLA__COLUMNS];
-        for (x = 0; x < FQLA__COLUMNS; x++) s[x] = tile->ss * from[x];
-        for (c = 0; c < tile->count; c++)
-            for (x = 0; x < FQLA__COLUMNS; x++) s[x] += tile->k[c * dim_k + i] * u[c][x];
-        memcpy(block->to.row + i * block->to.stride + first, s, sizeof s);
+        for (t = 0; t < tile->count; t++)
+            for (j = 0; j < 4; j++) u[t][j] *= tile->su[t];
+        for (i = 0; i < dim_k; i++) {
+            const fqla__lanes *from = fqla__row_lanes(block->from, i, x);
+            fqla__lanes *to = fqla__row_lanes(block->to, i, x);
+            fqla__lanes a = tile->ss * from[0], b = tile->ss * from[1], c = tile->ss * from[2], d = tile->ss * from[3];
+            for (t = 0; t < tile->count; t++) {
+                const float k = tile->k[t * dim_k + i];
+                a += k * u[t][0], b += k * u[t][1], c += k * u[t][2], d += k * u[t][3];
+            }
+            to[0] = a, to[1] = b, to[2] = c, to[3] = d;
+        }
     }
 }
