@@ -296,6 +296,7 @@ static void fqla__backward_task(void *context, int64_t task, int32_t index) {
     const int32_t len = plan->cu_seqlens[n + 1] - plan->cu_seqlens[n];
     const int32_t chunks = len / FLASHQLA_CHUNK + (len % FLASHQLA_CHUNK != 0);
     const int64_t piece = job->slots == (int64_t)d->max_seqs * d->heads_qk ? task : index;
+    const unsigned mode = fqla__subnormals_off();
     fqla__backward_slot slot;
     double no_sums[2]; /* for gates that need none */
     int32_t c, i, j, strips;
@@ -334,6 +335,7 @@ static void fqla__backward_task(void *context, int64_t task, int32_t index) {
     for (j = 0; j < job->group && job->args->dh0 != NULL; j++)
         fqla__state_store(job, &slot.desk, slot.dstates + j * state_size, job->args->dh0,
                           (int64_t)n * d->heads_v + fqla__group_head(d, h_qk, j));
+    fqla__subnormals_restore(mode);
 }
 
 static void fqla__cpu_backward(const fqla_plan *plan, const fqla_backward_args *args, void *workspace) {

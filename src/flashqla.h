@@ -9,6 +9,7 @@
 #include "memory.h"
 #include "platform.h"
 #include "cpu_level.h"
+#include "cpu_subnormals.h"
 #include "cpu_pool.h"
 #ifndef FLASHQLA_NO_CUDA
 #include "library.h"
