@@ -235,6 +235,25 @@ static void fqla__segment_store_o(const fqla__forward_part *part, fqla__segment 
     }
 }
 
+/* One token on float32 states of layout VK, which are h0 and ht: no step of the others' kind, which would need them transposed. */
+static bool fqla__is_vk_step(const fqla__forward_part *part) {
+    return part->sequence.len == 1 && part->run->snapshots == NULL && part->h0 != NULL && part->ht != NULL &&
+           part->desc->state_layout == FQLA_STATE_VK && part->desc->state_dtype == FQLA_DTYPE_FP32;
+}
+
+static void fqla__segment_vk(const fqla__forward_part *part, int32_t h) {
+    const fqla_plan_desc *d = part->desc;
+    fqla__block block;
+    block.columns = part->x_count;
+    block.from.row = (float *)part->h0 + fqla__state_base(d, part->in, h) + (int64_t)part->x_begin * d->dim_k;
+    block.to.row = (float *)part->ht + fqla__state_base(d, part->out, h) + (int64_t)part->x_begin * d->dim_k;
+    block.from.stride = block.to.stride = d->dim_k;
+    block.v.row = part->slot.v + part->x_begin;
+    block.o.row = part->slot.o + part->x_begin;
+    block.v.stride = block.o.stride = fqla__forward_columns(d);
+    fqla__step_vk(part->level, part->slot.tiles, d->dim_k, &block);
+}
+
 /* Every block of head h through the tiles. Where the layout allows it, the first tile reads h0 and the last writes ht where they
    lie: a decode touches a state twice and copies nothing. snapshot: the entry to store the state in; negative: none. */
 static void fqla__segment_head(const fqla__forward_part *part, fqla__segment segment, int32_t h, int64_t snapshot) {
@@ -267,7 +286,8 @@ static void fqla__forward_sequence(const fqla__forward_part *part) {
         fqla__segment_fetch_qk(part, segment);
         for (h = part->h; h < part->h + part->team * part->h_step; h += part->h_step) {
             fqla__segment_fetch_v(part, segment, h);
-            fqla__segment_head(part, segment, h, snapshot);
+            if (fqla__is_vk_step(part)) fqla__segment_vk(part, h);
+            else fqla__segment_head(part, segment, h, snapshot);
             fqla__segment_store_o(part, segment, h);
         }
     }

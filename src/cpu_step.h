@@ -44,8 +44,8 @@ typedef struct fqla__rows {
 
 /* Some columns of a tile's tensors: the state before and after, which may coincide, and rows of v and o. */
 typedef struct fqla__block {
-    int32_t columns; /* a multiple of FQLA__COLUMNS */
-    fqla__rows from, to; /* [D_k] rows */
+    int32_t columns;     /* a multiple of FQLA__COLUMNS; of 8 on layout VK */
+    fqla__rows from, to; /* [D_k] rows; on layout VK [columns] */
     fqla__rows v, o;     /* [count] rows */
 } fqla__block;
 
@@ -128,5 +128,17 @@ static void fqla__step_plain(const fqla__tile *tile, int32_t dim_k, const fqla__
             }
             to[0] = a, to[1] = b, to[2] = c, to[3] = d;
         }
+    }
+}
+
+/* One token on a state of layout VK, where a row is a column of S: each is read once, in order. */
+static void fqla__step_vk_plain(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+    int32_t i, x;
+    for (x = 0; x < block->columns; x++) {
+        const float *from = block->from.row + x * block->from.stride;
+        const float u = tile->uv[0] * block->v.row[x] + tile->us[0] * fqla__dot(from, tile->k, dim_k);
+        float *to = block->to.row + x * block->to.stride;
+        block->o.row[x] = tile->os[0] * fqla__dot(from, tile->q, dim_k) + tile->ou[0][0] * u;
+        for (i = 0; i < dim_k; i++) to[i] = tile->ss * from[i] + u * tile->k[i];
     }
 }

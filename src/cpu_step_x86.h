@@ -129,6 +129,41 @@ FLASHQLA__TARGET_AVX2 static void fqla__step_1_avx2(const fqla__tile *tile, int3
     }
 }
 
+/* One token on layout VK, 4 rows at a time, their 8 sums added up together. */
+FLASHQLA__TARGET_AVX2 static void fqla__step_vk_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+    const __m128 uv = _mm_set1_ps(tile->uv[0]), us = _mm_set1_ps(tile->us[0]);
+    const __m128 os = _mm_set1_ps(tile->os[0]), ou = _mm_set1_ps(tile->ou[0][0]);
+    const __m256 zero = _mm256_setzero_ps(), ss = _mm256_set1_ps(tile->ss);
+    const int64_t from_stride = block->from.stride, to_stride = block->to.stride;
+    int32_t i, x;
+    for (x = 0; x < block->columns; x += 4) {
+        const float *s0 = block->from.row + x * from_stride, *s1 = s0 + from_stride, *s2 = s1 + from_stride, *s3 = s2 + from_stride;
+        float *t0 = block->to.row + x * to_stride, *t1 = t0 + to_stride, *t2 = t1 + to_stride, *t3 = t2 + to_stride;
+        __m256 k0 = zero, k1 = zero, k2 = zero, k3 = zero, q0 = zero, q1 = zero, q2 = zero, q3 = zero, sums, u0, u1, u2, u3;
+        __m128 u;
+        for (i = 0; i < dim_k; i += 8) {
+            const __m256 k = _mm256_loadu_ps(tile->k + i), q = _mm256_loadu_ps(tile->q + i);
+            __m256 s;
+            s = _mm256_loadu_ps(s0 + i), k0 = _mm256_fmadd_ps(k, s, k0), q0 = _mm256_fmadd_ps(q, s, q0);
+            s = _mm256_loadu_ps(s1 + i), k1 = _mm256_fmadd_ps(k, s, k1), q1 = _mm256_fmadd_ps(q, s, q1);
+            s = _mm256_loadu_ps(s2 + i), k2 = _mm256_fmadd_ps(k, s, k2), q2 = _mm256_fmadd_ps(q, s, q2);
+            s = _mm256_loadu_ps(s3 + i), k3 = _mm256_fmadd_ps(k, s, k3), q3 = _mm256_fmadd_ps(q, s, q3);
+        }
+        sums = fqla__sums_avx2(k0, k1, k2, k3, q0, q1, q2, q3);
+        u = _mm_fmadd_ps(us, _mm256_castps256_ps128(sums), _mm_mul_ps(uv, _mm_loadu_ps(block->v.row + x)));
+        _mm_storeu_ps(block->o.row + x, _mm_fmadd_ps(ou, u, _mm_mul_ps(os, _mm256_extractf128_ps(sums, 1))));
+        u0 = _mm256_broadcastss_ps(u), u1 = _mm256_broadcastss_ps(_mm_movehdup_ps(u));
+        u2 = _mm256_broadcastss_ps(_mm_movehl_ps(u, u)), u3 = _mm256_broadcastss_ps(_mm_shuffle_ps(u, u, 0xff));
+        for (i = 0; i < dim_k; i += 8) {
+            const __m256 k = _mm256_loadu_ps(tile->k + i);
+            _mm256_storeu_ps(t0 + i, _mm256_fmadd_ps(k, u0, _mm256_mul_ps(ss, _mm256_loadu_ps(s0 + i))));
+            _mm256_storeu_ps(t1 + i, _mm256_fmadd_ps(k, u1, _mm256_mul_ps(ss, _mm256_loadu_ps(s1 + i))));
+            _mm256_storeu_ps(t2 + i, _mm256_fmadd_ps(k, u2, _mm256_mul_ps(ss, _mm256_loadu_ps(s2 + i))));
+            _mm256_storeu_ps(t3 + i, _mm256_fmadd_ps(k, u3, _mm256_mul_ps(ss, _mm256_loadu_ps(s3 + i))));
+        }
+    }
+}
+
 /* The products of 4 tokens: 16 sums in two passes. */
 FLASHQLA__TARGET_AVX2 static void fqla__tile_products_4_avx2(fqla__tile *tile, int32_t dim_k) {
     const float *k0 = tile->k, *k1 = k0 + dim_k, *k2 = k1 + dim_k, *k3 = k2 + dim_k;
@@ -343,6 +378,17 @@ static void fqla__step(fqla_cpu_level level, const fqla__tile *tile, int32_t dim
 #endif
     (void)level;
     for (; x < block->columns; x += FQLA__COLUMNS) fqla__step_plain(tile, dim_k, block, x);
+}
+
+static void fqla__step_vk(fqla_cpu_level level, const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+#if FLASHQLA__X86
+    if (level >= FQLA_CPU_AVX2) {
+        fqla__step_vk_avx2(tile, dim_k, block);
+        return;
+    }
+#endif
+    (void)level;
+    fqla__step_vk_plain(tile, dim_k, block);
 }
 
 static void fqla__tile_products(fqla_cpu_level level, fqla__tile *tile, int32_t dim_k) {
