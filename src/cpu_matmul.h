@@ -14,8 +14,8 @@ static fqla__matrix fqla__matrix_of(const float *first, int32_t stride) {
 }
 
 /*
-    C = keep F + A B with C and F [m, n] of one stride, A [m, k], B [k, n]; m is a multiple of 8, n of 16. F may be C; where keep
-    is 0 it is not read. C overlaps neither A nor B. Every sum runs over k in order.
+    C = keep F + A B with C and F [m, n] of one stride, A [m, k], B [k, n]; m and k are multiples of 8, n of 16. F may be C; where
+    keep is 0 it is not read. C overlaps neither A nor B.
     A tile of C stays in registers over all of k: one row of B is loaded for all of the tile's rows, and A's elements are spread
     over vectors as they are loaded. The tiles of one column of tiles follow one another, so that their part of B stays in L1.
 */
@@ -30,16 +30,19 @@ typedef struct fqla__matmul {
 
 enum { FQLA__MATMUL_COLUMNS = 16 };
 
+/* One row of 16 columns, four steps of k at a time: what compilers make the best of. */
 static void fqla__matmul_plain(const fqla__matmul *p) {
+    const int32_t ldb = p->b.stride;
     int32_t i, j, l, x;
     for (j = 0; j < p->n; j += FQLA__MATMUL_COLUMNS)
         for (i = 0; i < p->m; i++) {
             float sum[FQLA__MATMUL_COLUMNS];
             const float *f = p->f + i * p->ldc + j;
             for (x = 0; x < FQLA__MATMUL_COLUMNS; x++) sum[x] = 0.0f;
-            for (l = 0; l < p->k; l++) {
-                const float a = p->a.first[i * p->a.stride + l], *b = p->b.first + l * p->b.stride + j;
-                for (x = 0; x < FQLA__MATMUL_COLUMNS; x++) sum[x] += a * b[x];
+            for (l = 0; l < p->k; l += 4) {
+                const float *a = p->a.first + i * p->a.stride + l, a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3];
+                const float *b0 = p->b.first + l * ldb + j, *b1 = b0 + ldb, *b2 = b1 + ldb, *b3 = b2 + ldb;
+                for (x = 0; x < FQLA__MATMUL_COLUMNS; x++) sum[x] += (a0 * b0[x] + a1 * b1[x]) + (a2 * b2[x] + a3 * b3[x]);
             }
             if (p->keep != 0.0f)
                 for (x = 0; x < FQLA__MATMUL_COLUMNS; x++) sum[x] += p->keep * f[x];
