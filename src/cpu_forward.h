@@ -1,10 +1,10 @@
 // >>cpu_forward: the token recurrence on the CPU, for prefill and decode
 
 /*
-    A task is a sequence and a team of v-heads that read the same q/k head; where there are too few of those to occupy the
-    threads, a team is one head, and each of its blocks of columns is a task. A task walks its sequence in segments of up to 64
-    tokens: it fetches the rows of q and k and makes tiles of them; then, a head after the other, it fetches the gates and the
-    rows of v, takes every block of the state through all tiles, so that the block stays in the L1 cache, and stores the rows of o.
+    A task is a sequence and a team of v-heads that read the same q/k head, or a head, or a block of a head's columns: what keeps
+    the threads busy. It walks its sequence in segments of up to 64 tokens: it fetches the rows of q and k and makes tiles of
+    them; then, a head after the other, it fetches the gates and the rows of v, takes every block of the state through all
+    tiles, so that the block stays in the L1 cache, and stores the rows of o.
 
     Rows of one head lie kilobytes apart, each in a page of its own, where no prefetcher follows: even so, getting at them costs
     a quarter of the time. Hence whole rows at once, and teams.
@@ -27,19 +27,17 @@ typedef struct fqla__forward_slot {
 /* D_v in whole blocks. */
 static int32_t fqla__forward_columns(const fqla_plan_desc *d) { return (d->dim_v + FQLA__COLUMNS - 1) / FQLA__COLUMNS * FQLA__COLUMNS; }
 
-/* The largest team of which there are enough to give every thread 4. */
-static int32_t fqla__forward_team(const fqla_plan_desc *d, int32_t num_seqs, int32_t num_threads) {
-    const int32_t heads = d->heads_v / d->heads_qk;
-    int32_t team;
-    for (team = FQLA__TEAM; team > 1; team--)
-        if (heads % team == 0 && (int64_t)num_seqs * d->heads_v / team >= 4 * (int64_t)num_threads) break;
+/* The largest team that the plan's heads divide into. */
+static int32_t fqla__forward_team(const fqla_plan_desc *d) {
+    int32_t team = FQLA__TEAM;
+    while (d->heads_v / d->heads_qk % team != 0) team--;
     return team;
 }
 
 /* Lay a slot out in memory and return its bytes (1.4 MB at most); memory NULL: only that. */
 static int64_t fqla__forward_slot_layout(const fqla_plan_desc *d, char *memory, fqla__forward_slot *slot) {
     enum { PARTS = 7 };
-    const int64_t columns = fqla__forward_columns(d), team = fqla__forward_team(d, d->max_seqs, 0);
+    const int64_t columns = fqla__forward_columns(d), team = fqla__forward_team(d);
     int64_t sizes[PARTS], offsets[PARTS + 1];
     int i;
     sizes[0] = sizes[1] = FQLA__SEGMENT * (int64_t)sizeof(float) * d->dim_k;
@@ -317,12 +315,40 @@ static void fqla__forward_padding(const fqla__forward_part *part) {
                 fqla__store(part->run->o, (part->sequence.row + t) * so.token + h * so.head + part->x_begin + x, d->dtype, 0.0f);
 }
 
-/* How a run is divided. No bit of its results depends on it. */
+/* How a run is divided into tasks. No bit of its results depends on it. */
 typedef struct fqla__forward_job {
     const fqla__run *run;
-    int32_t team;
-    int32_t split; /* tasks of a team: 1, or one a block of columns */
+    int32_t team;  /* v-heads of a task */
+    int32_t split; /* parts that their columns are split into: 1, or the number of blocks */
+    int64_t tasks;
 } fqla__forward_job;
+
+/* Rounds of tasks that the threads go through, and half a round in which some are idle, times what a task takes: rows of q and k
+   weigh a fifth of what a head's recurrence does. */
+static double fqla__forward_cost(const fqla__forward_job *job, int32_t num_threads) {
+    const int64_t rounds = (job->tasks + num_threads - 1) / num_threads;
+    return ((double)rounds + 0.5) * (1.0 + 5.0 * job->team / job->split);
+}
+
+/* Teams for many heads, single heads for some, blocks of a head for few. */
+static fqla__forward_job fqla__forward_divide(const fqla__run *run) {
+    const fqla_plan_desc *d = &run->plan->desc;
+    const int32_t num_threads = run->plan->context->summary.num_threads;
+    const int64_t heads = (int64_t)run->plan->num_seqs * d->heads_v;
+    fqla__forward_job best, job;
+    job.run = run;
+    job.team = 1;
+    job.split = fqla__forward_columns(d) / FQLA__COLUMNS;
+    job.tasks = heads * job.split;
+    best = job;
+    job.split = 1;
+    for (job.team = 1; job.team <= fqla__forward_team(d); job.team++) {
+        if (d->heads_v / d->heads_qk % job.team != 0) continue;
+        job.tasks = heads / job.team;
+        if (fqla__forward_cost(&job, num_threads) < fqla__forward_cost(&best, num_threads)) best = job;
+    }
+    return best;
+}
 
 static void fqla__forward_task(void *context, int64_t task, int32_t slot) {
     const fqla__forward_job *job = (const fqla__forward_job *)context;
@@ -355,13 +381,6 @@ static void fqla__forward_task(void *context, int64_t task, int32_t slot) {
 }
 
 static void fqla__cpu_forward(const fqla__run *run) {
-    fqla_context *context = run->plan->context;
-    const fqla_plan_desc *d = &run->plan->desc;
-    const int32_t num_seqs = run->plan->num_seqs, num_threads = context->summary.num_threads;
-    const int64_t heads = (int64_t)num_seqs * d->heads_v;
-    fqla__forward_job job;
-    job.run = run;
-    job.team = fqla__forward_team(d, num_seqs, num_threads);
-    job.split = heads < 4 * (int64_t)num_threads ? fqla__forward_columns(d) / FQLA__COLUMNS : 1;
-    fqla__pool_run(&context->pool, fqla__forward_task, &job, heads / job.team * job.split);
+    fqla__forward_job job = fqla__forward_divide(run);
+    fqla__pool_run(&run->plan->context->pool, fqla__forward_task, &job, job.tasks);
 }
