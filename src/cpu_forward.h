@@ -25,7 +25,7 @@ typedef struct fqla__forward_slot {
 } fqla__forward_slot;
 
 /* D_v in whole blocks. */
-static int32_t fqla__forward_columns(const fqla_plan_desc *d) { return (d->dim_v + FQLA__COLUMNS - 1) / FQLA__COLUMNS * FQLA__COLUMNS; }
+static int32_t fqla__forward_columns(const fqla_plan_desc *d) { return (int32_t)fqla__round_up(d->dim_v, FQLA__COLUMNS); }
 
 /* The largest team that the plan's heads divide into. */
 static int32_t fqla__forward_team(const fqla_plan_desc *d) {
@@ -126,7 +126,8 @@ static void fqla__block_load(const fqla__forward_part *part, fqla__rows block, c
     if (states == NULL) return;
     if (d->state_layout == FQLA_STATE_KV) {
         for (i = 0; i < d->dim_k; i++)
-            fqla__row_load(part->level, block.row + i * block.stride, states, base + (int64_t)i * d->dim_v + x, columns, d->state_dtype);
+            fqla__row_load(part->level, block.row + i * block.stride, states, base + (int64_t)i * d->dim_v + x, columns,
+                           d->state_dtype);
         return;
     }
     for (y = 0; y < columns; y += 8) { /* 8 rows of the tensor are 8 columns of the block */
@@ -144,7 +145,8 @@ static void fqla__block_store(const fqla__forward_part *part, fqla__rows block, 
     int32_t i, y;
     if (d->state_layout == FQLA_STATE_KV) {
         for (i = 0; i < d->dim_k; i++)
-            fqla__row_store(part->level, states, base + (int64_t)i * d->dim_v + x, columns, d->state_dtype, block.row + i * block.stride);
+            fqla__row_store(part->level, states, base + (int64_t)i * d->dim_v + x, columns, d->state_dtype,
+                            block.row + i * block.stride);
         return;
     }
     for (y = 0; y < columns; y += 8) {
@@ -163,8 +165,9 @@ static void fqla__segment_fetch_qk(const fqla__forward_part *part, fqla__segment
     int32_t t;
     for (t = 0; t < segment.len; t++) {
         const int64_t row = part->sequence.row + segment.start + t;
-        fqla__row_load(part->level, part->slot.k + t * d->dim_k, part->run->k, row * sk.token + part->h_qk * sk.head, d->dim_k, d->dtype);
-        fqla__row_load(part->level, part->slot.q + t * d->dim_k, part->run->q, row * sq.token + part->h_qk * sq.head, d->dim_k, d->dtype);
+        const int64_t k = row * sk.token + part->h_qk * sk.head, q = row * sq.token + part->h_qk * sq.head;
+        fqla__row_load(part->level, part->slot.k + t * d->dim_k, part->run->k, k, d->dim_k, d->dtype);
+        fqla__row_load(part->level, part->slot.q + t * d->dim_k, part->run->q, q, d->dim_k, d->dtype);
     }
     for (t = 0; t < segment.len && d->l2norm; t++) {
         fqla__normalise_row(part->level, part->slot.k + t * d->dim_k, d->dim_k);
@@ -196,7 +199,8 @@ static void fqla__segment_fetch_v(const fqla__forward_part *part, fqla__segment 
     for (t = 0; t < segment.len; t += tile->count, tile++) {
         for (c = 0; c < tile->count; c++) {
             const int64_t row = first + t + c;
-            alpha[c] = fqla__alpha(d, fqla__load(run->g, row * sg.token + h * sg.head, fqla__g_dtype(d)), run->A_log, run->dt_bias, h);
+            const float g = fqla__load(run->g, row * sg.token + h * sg.head, fqla__g_dtype(d));
+            alpha[c] = fqla__alpha(d, g, run->A_log, run->dt_bias, h);
             beta[c] = fqla__beta(d, fqla__load(run->beta, row * sb.token + h * sb.head, fqla__beta_dtype(d)));
         }
         fqla__tile_scalars(tile, alpha, beta, d->scale);

@@ -18,7 +18,8 @@ static void fqla__scale_row(float *row, float factor, int32_t count) {
 #if FLASHQLA__X86
 #define FLASHQLA__TARGET_AVX2 __attribute__((target("avx2,fma,f16c")))
 
-FLASHQLA__TARGET_AVX2 static void fqla__load_row_avx2(float *row, const void *tensor, int64_t index, int32_t count, fqla_dtype dtype) {
+FLASHQLA__TARGET_AVX2 static void fqla__load_row_avx2(float *row, const void *tensor, int64_t index, int32_t count,
+                                                       fqla_dtype dtype) {
     const uint16_t *halves = (const uint16_t *)tensor + index;
     int32_t i;
     if (dtype == FQLA_DTYPE_FP32) {
@@ -43,7 +44,8 @@ FLASHQLA__TARGET_AVX2 static inline __m256i fqla__to_bf16_avx2(__m256 value) {
     return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(_mm256_cmp_ps(value, value, _CMP_UNORD_Q)));
 }
 
-FLASHQLA__TARGET_AVX2 static void fqla__store_row_avx2(void *tensor, int64_t index, int32_t count, fqla_dtype dtype, const float *row) {
+FLASHQLA__TARGET_AVX2 static void fqla__store_row_avx2(void *tensor, int64_t index, int32_t count, fqla_dtype dtype,
+                                                        const float *row) {
     uint16_t *halves = (uint16_t *)tensor + index;
     int32_t i;
     if (dtype == FQLA_DTYPE_FP32) {
@@ -84,7 +86,8 @@ FLASHQLA__TARGET_AVX2 static void fqla__transpose_8_avx2(float *to, int64_t to_s
 }
 
 /* The sums of 8 vectors' elements, a vector a lane. */
-FLASHQLA__TARGET_AVX2 static inline __m256 fqla__sums_avx2(__m256 a, __m256 b, __m256 c, __m256 d, __m256 e, __m256 f, __m256 g, __m256 h) {
+FLASHQLA__TARGET_AVX2 static inline __m256 fqla__sums_avx2(__m256 a, __m256 b, __m256 c, __m256 d, __m256 e, __m256 f, __m256 g,
+                                                            __m256 h) {
     const __m256 abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
     const __m256 efgh = _mm256_hadd_ps(_mm256_hadd_ps(e, f), _mm256_hadd_ps(g, h));
     return _mm256_add_ps(_mm256_permute2f128_ps(abcd, efgh, 0x20), _mm256_permute2f128_ps(abcd, efgh, 0x31));
@@ -125,8 +128,8 @@ static void fqla__row_store(fqla_cpu_level level, void *tensor, int64_t index, i
 }
 
 /* to[i][x] = from[x][i] for `rows` rows of `to` and `columns` of its columns; strides in elements. */
-static void fqla__row_transpose(fqla_cpu_level level, float *to, int64_t to_stride, const float *from, int64_t from_stride, int32_t rows,
-                            int32_t columns) {
+static void fqla__row_transpose(fqla_cpu_level level, float *to, int64_t to_stride, const float *from, int64_t from_stride,
+                                int32_t rows, int32_t columns) {
     int32_t i, x;
 #if FLASHQLA__X86
     if (level >= FQLA_CPU_AVX2) {

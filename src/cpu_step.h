@@ -2,7 +2,7 @@
 
 /*
     The recurrence takes the tokens of a (sequence, head) in tiles of 4 (and singly at the end), so that a vector of state is
-    loaded twice and stored once for 4 tokens, and takes 3 1/4 multiplications a token where the recurrence has 4. With S the
+    loaded twice and stored once for 4 tokens, and takes 3 1/4 multiply-adds a token where the recurrence takes 4. With S the
     state before the tile, a_c, b_c = alpha, beta of token c, G_c = a_0 .. a_c and D_cj = a_{j+1} .. a_c (1 for c = j), the
     values u_c that the tile writes, its outputs and the state after it are
 
