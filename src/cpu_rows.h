@@ -1,6 +1,6 @@
 // >>cpu_rows: rows of float32: from and to the tensors' dtypes, transposed, multiplied with one another
 
-/* All counts are multiples of 8. AVX2 does all of it for AVX-512 too; conversions have the same bits at every level. */
+/* All counts are multiples of 8. AVX2 does all of it for AVX-512 too. Conversions have the same bits at every level, NaNs aside. */
 
 static float fqla__dot(const float *a, const float *b, int32_t count) {
     float sums[8] = { 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f };
