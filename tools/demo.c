@@ -141,7 +141,7 @@ int main(void) {
     qsort(step_ms, STEPS, sizeof step_ms[0], by_value);
     printf("prefill %d tokens, heads %d/%d, bfloat16: %.2f ms (median of %d), %.0f tokens a second\n", PROMPT, HEADS_QK, HEADS_V,
            prefill_ms[PREFILLS / 2], PREFILLS, 1e3 * PROMPT / prefill_ms[PREFILLS / 2]);
-    printf("decode  %d steps of one token: median %.1f us, worst %.1f us, launch and wait included\n", STEPS, 1e3 * step_ms[STEPS / 2],
+    printf("decode  %d steps of one token: median %.1f us, worst %.1f us, each waited for\n", STEPS, 1e3 * step_ms[STEPS / 2],
            1e3 * step_ms[STEPS - 1]);
 
     error prefill_o = { 0, 0 }, decode_o = { 0, 0 }, state = { 0, 0 };
