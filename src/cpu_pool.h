@@ -1,16 +1,19 @@
 // >>cpu_pool: helper threads that take tasks 0 .. count - 1 of one job at a time
 
 /*
-    A caller posts a job, works on it together with the helpers that turn up, closes it when no task is left, and waits for
-    those helpers who are still at one. A helper that wakes later finds the job closed: nobody ever waits for a thread to wake.
+    A caller opens a gate and works on its job together with the helpers that come in; when no task is left it shuts the gate and
+    waits for those who are still inside. A helper who comes later finds it shut: nobody ever waits for a thread to wake.
     After a job helpers look out for the next one for some microseconds before they sleep, which spares the calls of a
-    model's consecutive layers the wake-up.
+    model's consecutive layers the wake-up. Mutexes are only for those who sleep or wake sleepers.
 */
 
 /* A task works on part `task` of a job; slot (0 .. num_threads - 1) is the thread's own piece of workspace. */
 typedef void (*fqla__task)(void *job, int64_t task, int32_t slot);
 
-enum { FQLA__SPINS = 4000 }; /* 40 to 160 us */
+enum {
+    FQLA__SPINS = 4000,       /* 40 to 160 us */
+    FQLA__GATE_OPEN = 1 << 20 /* more than there are threads */
+};
 
 typedef struct fqla__pool fqla__pool;
 
@@ -25,24 +28,28 @@ struct fqla__pool {
     int32_t spins;         /* looks at a counter before a thread sleeps; 0 where threads outnumber cores */
     fqla__helper *helpers; /* [num_threads - 1]; NULL without any */
     fqla__mutex busy;      /* held by the caller whose job it is */
-    fqla__mutex counting;  /* guards the counters where the compiler has no atomics */
-    int64_t next;          /* counter: the first task that nobody has taken */
-    int64_t jobs;          /* counter: jobs posted so far; changed under the mutex */
-    int64_t active;        /* counter: helpers at work; changed under the mutex */
-    fqla__mutex mutex;     /* guards the rest */
-    fqla__condition posted, finished;
-    int32_t sleeping;      /* helpers that wait for `posted` */
-    bool open, stop;
-    fqla__task task;
+
+    fqla__task task;       /* the job: written while the gate is shut and nobody inside */
     void *job;
     int64_t count;
+
+    int64_t gate;          /* counter: helpers inside, and FQLA__GATE_OPEN while it is open */
+    int64_t next;          /* counter: the first task that nobody has taken */
+    int64_t jobs;          /* counter: jobs posted so far */
+    int64_t sleeping;      /* counter: helpers that wait for `posted` */
+    int64_t waiting;       /* counter: callers that wait for `left`, 0 or 1 */
+    fqla__mutex counting;  /* guards the counters where the compiler has no atomics */
+
+    fqla__mutex mutex;     /* of the two conditions; guards stop */
+    fqla__condition posted, left;
+    bool stop;
 };
 
 /* Add to a counter, which may be shared; the value before. */
 static int64_t fqla__counter_add(fqla__pool *pool, int64_t *counter, int64_t change) {
 #if defined(__GNUC__) && !defined(__TINYC__)
     (void)pool;
-    return __atomic_fetch_add(counter, change, __ATOMIC_ACQ_REL);
+    return __atomic_fetch_add(counter, change, __ATOMIC_SEQ_CST);
 #else
     int64_t value;
     fqla__mutex_lock(&pool->counting);
@@ -56,15 +63,17 @@ static int64_t fqla__counter_add(fqla__pool *pool, int64_t *counter, int64_t cha
 static int64_t fqla__counter_get(fqla__pool *pool, int64_t *counter) {
 #if defined(__GNUC__) && !defined(__TINYC__)
     (void)pool;
-    return __atomic_load_n(counter, __ATOMIC_ACQUIRE);
+    return __atomic_load_n(counter, __ATOMIC_SEQ_CST);
 #else
     return fqla__counter_add(pool, counter, 0);
 #endif
 }
 
-static void fqla__pause(void) {
+/* Once round a loop that watches a counter. Every so often somebody else gets the core: it may be the thread that is watched. */
+static void fqla__pool_spin(int32_t spin) {
+    if (spin % 64 == 63) fqla__thread_yield();
 #if FLASHQLA__X86
-    _mm_pause();
+    else _mm_pause();
 #endif
 }
 
@@ -88,43 +97,46 @@ static void fqla__float_mode_leave(uint32_t mode) {
 #endif
 }
 
-static void fqla__pool_work(fqla__pool *pool, fqla__task task, void *job, int64_t count, int32_t slot) {
+static void fqla__pool_work(fqla__pool *pool, int32_t slot) {
     int64_t i;
-    while ((i = fqla__counter_add(pool, &pool->next, 1)) < count) task(job, i, slot);
+    while ((i = fqla__counter_add(pool, &pool->next, 1)) < pool->count) pool->task(pool->job, i, slot);
+}
+
+/* Leave the gate that one has entered, open or not. */
+static void fqla__pool_leave(fqla__pool *pool) {
+    if (fqla__counter_add(pool, &pool->gate, -1) != 1 || fqla__counter_get(pool, &pool->waiting) == 0) return;
+    fqla__mutex_lock(&pool->mutex);
+    fqla__condition_signal_all(&pool->left);
+    fqla__mutex_unlock(&pool->mutex);
+}
+
+/* Until there is a job beyond those seen. False: stop instead. */
+static bool fqla__pool_await_job(fqla__pool *pool, int64_t seen) {
+    int32_t spin;
+    bool stop;
+    for (spin = 0; spin < pool->spins; spin++) {
+        if (fqla__counter_get(pool, &pool->jobs) != seen) return true;
+        fqla__pool_spin(spin);
+    }
+    fqla__mutex_lock(&pool->mutex);
+    fqla__counter_add(pool, &pool->sleeping, 1);
+    while (!pool->stop && fqla__counter_get(pool, &pool->jobs) == seen) fqla__condition_wait(&pool->posted, &pool->mutex);
+    fqla__counter_add(pool, &pool->sleeping, -1);
+    stop = pool->stop;
+    fqla__mutex_unlock(&pool->mutex);
+    return !stop;
 }
 
 static FLASHQLA__THREAD_RETURN fqla__helper_main(void *argument) {
     const fqla__helper *helper = (const fqla__helper *)argument;
     fqla__pool *pool = helper->pool;
-    int64_t seen = 0; /* jobs that this helper knows of */
-    int32_t spin;
+    int64_t seen = 0;
     fqla__float_mode_enter();
-    for (;;) {
-        fqla__task task;
-        void *job;
-        int64_t count;
-        bool open;
-        for (spin = 0; spin < pool->spins && fqla__counter_get(pool, &pool->jobs) == seen; spin++) fqla__pause();
-        fqla__mutex_lock(&pool->mutex);
-        while (!pool->stop && fqla__counter_get(pool, &pool->jobs) == seen) {
-            pool->sleeping++;
-            fqla__condition_wait(&pool->posted, &pool->mutex);
-            pool->sleeping--;
-        }
-        if (pool->stop) break;
+    while (fqla__pool_await_job(pool, seen)) {
         seen = fqla__counter_get(pool, &pool->jobs);
-        task = pool->task, job = pool->job, count = pool->count;
-        open = pool->open;
-        if (open) fqla__counter_add(pool, &pool->active, 1);
-        fqla__mutex_unlock(&pool->mutex);
-        if (!open) continue;
-
-        fqla__pool_work(pool, task, job, count, helper->slot);
-        fqla__mutex_lock(&pool->mutex);
-        if (fqla__counter_add(pool, &pool->active, -1) == 1) fqla__condition_signal_all(&pool->finished);
-        fqla__mutex_unlock(&pool->mutex);
+        if (fqla__counter_add(pool, &pool->gate, 1) >= FQLA__GATE_OPEN) fqla__pool_work(pool, helper->slot);
+        fqla__pool_leave(pool);
     }
-    fqla__mutex_unlock(&pool->mutex);
     return 0;
 }
 
@@ -137,7 +149,7 @@ static void fqla__pool_stop(fqla__pool *pool, const fqla_context_desc *desc) {
     fqla__mutex_unlock(&pool->mutex);
     fqla__condition_signal_all(&pool->posted);
     for (i = 0; i < pool->num_threads - 1; i++) fqla__thread_join(pool->helpers[i].thread);
-    fqla__condition_destroy(&pool->finished);
+    fqla__condition_destroy(&pool->left);
     fqla__condition_destroy(&pool->posted);
     fqla__mutex_destroy(&pool->mutex);
     fqla__mutex_destroy(&pool->counting);
@@ -159,7 +171,7 @@ static fqla_status fqla__pool_start(fqla__pool *pool, const fqla_context_desc *d
     fqla__mutex_init(&pool->counting);
     fqla__mutex_init(&pool->mutex);
     fqla__condition_init(&pool->posted);
-    fqla__condition_init(&pool->finished);
+    fqla__condition_init(&pool->left);
     for (i = 0; i < num_threads - 1; i++) {
         fqla__helper *helper = &pool->helpers[i];
         helper->pool = pool;
@@ -177,23 +189,25 @@ static fqla_status fqla__pool_start(fqla__pool *pool, const fqla_context_desc *d
 /* Post a job, and work on it until it is done. */
 static void fqla__pool_share(fqla__pool *pool, fqla__task task, void *job, int64_t count) {
     int32_t spin;
-    bool wake;
-    fqla__mutex_lock(&pool->mutex);
     pool->task = task, pool->job = job, pool->count = count;
-    pool->open = true;
-    pool->next = 0; /* plain: whoever takes from it has held the mutex since */
+    pool->next = 0;
+    fqla__counter_add(pool, &pool->gate, FQLA__GATE_OPEN);
     fqla__counter_add(pool, &pool->jobs, 1);
-    wake = pool->sleeping > 0;
-    fqla__mutex_unlock(&pool->mutex);
-    if (wake) fqla__condition_signal_all(&pool->posted);
-
-    fqla__pool_work(pool, task, job, count, 0);
+    if (fqla__counter_get(pool, &pool->sleeping) > 0) {
+        fqla__mutex_lock(&pool->mutex);
+        fqla__condition_signal_all(&pool->posted);
+        fqla__mutex_unlock(&pool->mutex);
+    }
+    fqla__pool_work(pool, 0);
+    fqla__counter_add(pool, &pool->gate, -FQLA__GATE_OPEN);
+    for (spin = 0; spin < pool->spins; spin++) {
+        if (fqla__counter_get(pool, &pool->gate) == 0) return;
+        fqla__pool_spin(spin);
+    }
     fqla__mutex_lock(&pool->mutex);
-    pool->open = false;
-    fqla__mutex_unlock(&pool->mutex);
-    for (spin = 0; spin < pool->spins && fqla__counter_get(pool, &pool->active) > 0; spin++) fqla__pause();
-    fqla__mutex_lock(&pool->mutex);
-    while (fqla__counter_get(pool, &pool->active) > 0) fqla__condition_wait(&pool->finished, &pool->mutex);
+    fqla__counter_add(pool, &pool->waiting, 1);
+    while (fqla__counter_get(pool, &pool->gate) > 0) fqla__condition_wait(&pool->left, &pool->mutex);
+    fqla__counter_add(pool, &pool->waiting, -1);
     fqla__mutex_unlock(&pool->mutex);
 }
 

@@ -24,6 +24,7 @@ static void fqla__thread_join(fqla__thread thread) {
     WaitForSingleObject(thread, INFINITE);
     CloseHandle(thread);
 }
+static void fqla__thread_yield(void) { SwitchToThread(); }
 #define FLASHQLA__THREAD_RETURN DWORD WINAPI
 
 static int32_t fqla__core_count(void) {
@@ -52,6 +53,7 @@ static bool fqla__thread_start(fqla__thread *thread, void *(*function)(void *), 
     return pthread_create(thread, NULL, function, argument) == 0;
 }
 static void fqla__thread_join(fqla__thread thread) { pthread_join(thread, NULL); }
+static void fqla__thread_yield(void) { sched_yield(); }
 #define FLASHQLA__THREAD_RETURN void *
 
 static int32_t fqla__core_count(void) {
