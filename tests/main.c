@@ -14,6 +14,28 @@ SUITE_EXTERN(random_cases);
 SUITE_EXTERN(bits);
 SUITE_EXTERN(threads);
 
+/* What the arithmetic of a backend, or of one of the CPU's levels, must get right. */
+static void run_arithmetic(void) {
+    RUN_SUITE(forward);
+    RUN_SUITE(decode);
+    RUN_SUITE(backward);
+    RUN_SUITE(numbers);
+    RUN_SUITE(random_cases);
+}
+
+static void run_arithmetic_at_every_level(void) {
+    static const char *const names[] = { "auto", "plain", "avx2", "avx512" };
+    fqla_context_summary summary;
+    int level;
+    if (fqla_context_info(test_shared(), &summary) != FQLA_OK) abort();
+    for (level = FQLA_CPU_PLAIN; level <= (int)summary.cpu_level; level++) {
+        if (test_shared_close() != NULL) abort();
+        test_cpu_level = (fqla_cpu_level)level;
+        printf("At cpu_level %s:\n", names[level]);
+        run_arithmetic();
+    }
+}
+
 /* After all others: what they shared is given back, to the last block. */
 TEST nothing_is_left(void) {
     ASSERT_SILENT(test_shared_close());
@@ -54,13 +76,10 @@ int main(int argc, char **argv) {
     RUN_SUITE(api);
     RUN_SUITE(bad_input);
     RUN_SUITE(failures);
-    RUN_SUITE(forward);
-    RUN_SUITE(decode);
-    RUN_SUITE(backward);
-    RUN_SUITE(numbers);
-    RUN_SUITE(random_cases);
     RUN_SUITE(bits);
     if (!test_on_cuda()) RUN_SUITE(threads);
+    if (test_on_cuda() || level != NULL) run_arithmetic();
+    else run_arithmetic_at_every_level();
     RUN_SUITE(closing);
     case_print_worst();
     GREATEST_MAIN_END();

@@ -125,7 +125,8 @@ SUITE(numbers) {
     RUN_TESTp(rounding, FQLA_DTYPE_FP16, 2.5f);           /* up to infinity */
     RUN_TESTp(rounding, FQLA_DTYPE_BF16, 1.0f);
     RUN_TESTp(rounding, FQLA_DTYPE_BF16, 1.0f / 3.0f);
-    RUN_TESTp(rounding, FQLA_DTYPE_BF16, 1.00390625f); /* ties */
+    RUN_TESTp(rounding, FQLA_DTYPE_BF16, 1.00390625f); /* ties that go down */
+    RUN_TESTp(rounding, FQLA_DTYPE_BF16, 1.01171875f); /* ties that go up */
     RUN_TESTp(clamped_gates, false);
     if (backward) RUN_TESTp(clamped_gates, true);
     RUN_TEST(infinite_gate);
