@@ -15,8 +15,9 @@
     a column's bits do not depend on the block that it is in.
 */
 enum {
-    FQLA__TILE = 4,    /* tokens */
-    FQLA__COLUMNS = 32 /* that a step takes at once: at D_k = 128 their state is 16 KB, which stays in an L1 cache */
+    FQLA__TILE = 4,     /* tokens */
+    FQLA__COLUMNS = 32, /* that a step takes at once: at D_k = 128 their state is 16 KB, which stays in an L1 cache */
+    FQLA__MOST_COLUMNS = 256
 };
 
 /* A tile of `count` tokens, 4 or 1. The first part is that of a q/k head, the second that of one of its v-heads: the scalars of the

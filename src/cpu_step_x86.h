@@ -102,38 +102,45 @@ FLASHQLA__TARGET_AVX2 static void fqla__step_4_avx2(const fqla__tile *tile, int3
     }
 }
 
-/* All 32 columns at once. */
-FLASHQLA__TARGET_AVX2 static void fqla__step_1_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block, int32_t x) {
-    const float *k = tile->k, *q = tile->q, *v = block->v.row + x, *from = block->from.row + x;
-    float *o = block->o.row + x, *to = block->to.row + x;
-    const __m256 zero = _mm256_setzero_ps(), ss = _mm256_set1_ps(tile->ss);
-    const __m256 uv = _mm256_set1_ps(tile->uv[0]), us = _mm256_set1_ps(tile->us[0]);
-    const __m256 os = _mm256_set1_ps(tile->os[0]), ou = _mm256_set1_ps(tile->ou[0][0]);
-    __m256 ka = zero, kb = zero, kc = zero, kd = zero, qa = zero, qb = zero, qc = zero, qd = zero;
-    int32_t i;
-    for (i = 0; i < dim_k; i++, from += block->from.stride) {
-        const __m256 ki = _mm256_set1_ps(k[i]), qi = _mm256_set1_ps(q[i]);
-        __m256 s;
-        s = _mm256_loadu_ps(from), ka = _mm256_fmadd_ps(ki, s, ka), qa = _mm256_fmadd_ps(qi, s, qa);
-        s = _mm256_loadu_ps(from + 8), kb = _mm256_fmadd_ps(ki, s, kb), qb = _mm256_fmadd_ps(qi, s, qb);
-        s = _mm256_loadu_ps(from + 16), kc = _mm256_fmadd_ps(ki, s, kc), qc = _mm256_fmadd_ps(qi, s, qc);
-        s = _mm256_loadu_ps(from + 24), kd = _mm256_fmadd_ps(ki, s, kd), qd = _mm256_fmadd_ps(qi, s, qd);
+/* One token, all columns of the block: rows of state in their order in memory, as fast as it gives them. The sums lie in the L1 cache;
+   4 rows are added to a sum at a time. */
+FLASHQLA__TARGET_AVX2 static void fqla__step_1_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+    const float *k = tile->k, *q = tile->q, *from = block->from.row;
+    const int64_t from_stride = block->from.stride, to_stride = block->to.stride;
+    const int32_t columns = block->columns;
+    const __m256 ss = _mm256_set1_ps(tile->ss);
+    float sk[FQLA__MOST_COLUMNS], sq[FQLA__MOST_COLUMNS], *to = block->to.row;
+    int32_t i, x;
+    for (x = 0; x < columns; x += 8) {
+        _mm256_storeu_ps(sk + x, _mm256_setzero_ps());
+        _mm256_storeu_ps(sq + x, _mm256_setzero_ps());
     }
-    ka = _mm256_fmadd_ps(us, ka, _mm256_mul_ps(uv, _mm256_loadu_ps(v))); /* from here on u */
-    kb = _mm256_fmadd_ps(us, kb, _mm256_mul_ps(uv, _mm256_loadu_ps(v + 8)));
-    kc = _mm256_fmadd_ps(us, kc, _mm256_mul_ps(uv, _mm256_loadu_ps(v + 16)));
-    kd = _mm256_fmadd_ps(us, kd, _mm256_mul_ps(uv, _mm256_loadu_ps(v + 24)));
-    _mm256_storeu_ps(o, _mm256_fmadd_ps(ou, ka, _mm256_mul_ps(os, qa)));
-    _mm256_storeu_ps(o + 8, _mm256_fmadd_ps(ou, kb, _mm256_mul_ps(os, qb)));
-    _mm256_storeu_ps(o + 16, _mm256_fmadd_ps(ou, kc, _mm256_mul_ps(os, qc)));
-    _mm256_storeu_ps(o + 24, _mm256_fmadd_ps(ou, kd, _mm256_mul_ps(os, qd)));
-    from = block->from.row + x;
-    for (i = 0; i < dim_k; i++, from += block->from.stride, to += block->to.stride) {
+    for (i = 0; i < dim_k; i += 4) {
+        const float *r0 = from + i * from_stride, *r1 = r0 + from_stride, *r2 = r1 + from_stride, *r3 = r2 + from_stride;
+        const __m256 k0 = _mm256_set1_ps(k[i]), k1 = _mm256_set1_ps(k[i + 1]), k2 = _mm256_set1_ps(k[i + 2]);
+        const __m256 k3 = _mm256_set1_ps(k[i + 3]), q0 = _mm256_set1_ps(q[i]), q1 = _mm256_set1_ps(q[i + 1]);
+        const __m256 q2 = _mm256_set1_ps(q[i + 2]), q3 = _mm256_set1_ps(q[i + 3]);
+        for (x = 0; x < columns; x += 8) {
+            __m256 ks = _mm256_loadu_ps(sk + x), qs = _mm256_loadu_ps(sq + x), s;
+            s = _mm256_loadu_ps(r0 + x), ks = _mm256_fmadd_ps(k0, s, ks), qs = _mm256_fmadd_ps(q0, s, qs);
+            s = _mm256_loadu_ps(r1 + x), ks = _mm256_fmadd_ps(k1, s, ks), qs = _mm256_fmadd_ps(q1, s, qs);
+            s = _mm256_loadu_ps(r2 + x), ks = _mm256_fmadd_ps(k2, s, ks), qs = _mm256_fmadd_ps(q2, s, qs);
+            s = _mm256_loadu_ps(r3 + x), ks = _mm256_fmadd_ps(k3, s, ks), qs = _mm256_fmadd_ps(q3, s, qs);
+            _mm256_storeu_ps(sk + x, ks);
+            _mm256_storeu_ps(sq + x, qs);
+        }
+    }
+    for (x = 0; x < columns; x += 8) {
+        __m256 u = fqla__times_avx2(tile->uv[0], _mm256_loadu_ps(block->v.row + x)), o;
+        u = fqla__plus_times_avx2(u, tile->us[0], _mm256_loadu_ps(sk + x));
+        o = fqla__plus_times_avx2(fqla__times_avx2(tile->os[0], _mm256_loadu_ps(sq + x)), tile->ou[0][0], u);
+        _mm256_storeu_ps(block->o.row + x, o);
+        _mm256_storeu_ps(sk + x, u);
+    }
+    for (i = 0; i < dim_k; i++, from += from_stride, to += to_stride) {
         const __m256 ki = _mm256_set1_ps(k[i]);
-        _mm256_storeu_ps(to, _mm256_fmadd_ps(ki, ka, _mm256_mul_ps(ss, _mm256_loadu_ps(from))));
-        _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(ki, kb, _mm256_mul_ps(ss, _mm256_loadu_ps(from + 8))));
-        _mm256_storeu_ps(to + 16, _mm256_fmadd_ps(ki, kc, _mm256_mul_ps(ss, _mm256_loadu_ps(from + 16))));
-        _mm256_storeu_ps(to + 24, _mm256_fmadd_ps(ki, kd, _mm256_mul_ps(ss, _mm256_loadu_ps(from + 24))));
+        for (x = 0; x < columns; x += 8)
+            _mm256_storeu_ps(to + x, _mm256_fmadd_ps(ki, _mm256_loadu_ps(sk + x), _mm256_mul_ps(ss, _mm256_loadu_ps(from + x))));
     }
 }
 
@@ -302,103 +309,65 @@ FLASHQLA__TARGET_AVX512 static void fqla__step_4_avx512(const fqla__tile *tile, 
     }
 }
 
-/* One token, 32 columns from x on, vectors a and b. */
-FLASHQLA__TARGET_AVX512 static void fqla__step_1_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block,
-                                                        int32_t x) {
-    const float *k = tile->k, *q = tile->q, *v = block->v.row + x, *from = block->from.row + x;
-    float *o = block->o.row + x, *to = block->to.row + x;
-    const __m512 zero = _mm512_setzero_ps(), ss = _mm512_set1_ps(tile->ss);
-    const __m512 uv = _mm512_set1_ps(tile->uv[0]), us = _mm512_set1_ps(tile->us[0]);
-    const __m512 os = _mm512_set1_ps(tile->os[0]), ou = _mm512_set1_ps(tile->ou[0][0]);
-    __m512 ka = zero, kb = zero, qa = zero, qb = zero, ua, ub;
-    int32_t i;
-    for (i = 0; i < dim_k; i++, from += block->from.stride) {
-        const __m512 ki = _mm512_set1_ps(k[i]), qi = _mm512_set1_ps(q[i]);
-        const __m512 a = _mm512_loadu_ps(from), b = _mm512_loadu_ps(from + 16);
-        ka = _mm512_fmadd_ps(ki, a, ka), qa = _mm512_fmadd_ps(qi, a, qa);
-        kb = _mm512_fmadd_ps(ki, b, kb), qb = _mm512_fmadd_ps(qi, b, qb);
+/* As fqla__step_1_avx2. */
+FLASHQLA__TARGET_AVX512 static void fqla__step_1_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
+    const float *k = tile->k, *q = tile->q, *from = block->from.row;
+    const int64_t from_stride = block->from.stride, to_stride = block->to.stride;
+    const int32_t columns = block->columns;
+    const __m512 ss = _mm512_set1_ps(tile->ss);
+    float sk[FQLA__MOST_COLUMNS], sq[FQLA__MOST_COLUMNS], *to = block->to.row;
+    int32_t i, x;
+    for (x = 0; x < columns; x += 16) {
+        _mm512_storeu_ps(sk + x, _mm512_setzero_ps());
+        _mm512_storeu_ps(sq + x, _mm512_setzero_ps());
     }
-    ua = _mm512_fmadd_ps(us, ka, _mm512_mul_ps(uv, _mm512_loadu_ps(v)));
-    ub = _mm512_fmadd_ps(us, kb, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 16)));
-    _mm512_storeu_ps(o, _mm512_fmadd_ps(ou, ua, _mm512_mul_ps(os, qa)));
-    _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(ou, ub, _mm512_mul_ps(os, qb)));
-    from = block->from.row + x;
-    for (i = 0; i < dim_k; i++, from += block->from.stride, to += block->to.stride) {
+    for (i = 0; i < dim_k; i += 4) {
+        const float *r0 = from + i * from_stride, *r1 = r0 + from_stride, *r2 = r1 + from_stride, *r3 = r2 + from_stride;
+        const __m512 k0 = _mm512_set1_ps(k[i]), k1 = _mm512_set1_ps(k[i + 1]), k2 = _mm512_set1_ps(k[i + 2]);
+        const __m512 k3 = _mm512_set1_ps(k[i + 3]), q0 = _mm512_set1_ps(q[i]), q1 = _mm512_set1_ps(q[i + 1]);
+        const __m512 q2 = _mm512_set1_ps(q[i + 2]), q3 = _mm512_set1_ps(q[i + 3]);
+        for (x = 0; x < columns; x += 16) {
+            __m512 ks = _mm512_loadu_ps(sk + x), qs = _mm512_loadu_ps(sq + x), s;
+            s = _mm512_loadu_ps(r0 + x), ks = _mm512_fmadd_ps(k0, s, ks), qs = _mm512_fmadd_ps(q0, s, qs);
+            s = _mm512_loadu_ps(r1 + x), ks = _mm512_fmadd_ps(k1, s, ks), qs = _mm512_fmadd_ps(q1, s, qs);
+            s = _mm512_loadu_ps(r2 + x), ks = _mm512_fmadd_ps(k2, s, ks), qs = _mm512_fmadd_ps(q2, s, qs);
+            s = _mm512_loadu_ps(r3 + x), ks = _mm512_fmadd_ps(k3, s, ks), qs = _mm512_fmadd_ps(q3, s, qs);
+            _mm512_storeu_ps(sk + x, ks);
+            _mm512_storeu_ps(sq + x, qs);
+        }
+    }
+    for (x = 0; x < columns; x += 16) {
+        __m512 u = fqla__times_avx512(tile->uv[0], _mm512_loadu_ps(block->v.row + x)), o;
+        u = fqla__plus_times_avx512(u, tile->us[0], _mm512_loadu_ps(sk + x));
+        o = fqla__plus_times_avx512(fqla__times_avx512(tile->os[0], _mm512_loadu_ps(sq + x)), tile->ou[0][0], u);
+        _mm512_storeu_ps(block->o.row + x, o);
+        _mm512_storeu_ps(sk + x, u);
+    }
+    for (i = 0; i < dim_k; i++, from += from_stride, to += to_stride) {
         const __m512 ki = _mm512_set1_ps(k[i]);
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(ki, ua, _mm512_mul_ps(ss, _mm512_loadu_ps(from))));
-        _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(ki, ub, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 16))));
-    }
-}
-
-/* One token, 128 columns: rows of 512 bytes in a row are as fast as memory gives them, pieces of 128 bytes are not. */
-FLASHQLA__TARGET_AVX512 static void fqla__step_1_wide_avx512(const fqla__tile *tile, int32_t dim_k, const fqla__block *block,
-                                                             int32_t x) {
-    const float *k = tile->k, *q = tile->q, *v = block->v.row + x, *from = block->from.row + x;
-    float *o = block->o.row + x, *to = block->to.row + x;
-    const __m512 zero = _mm512_setzero_ps(), ss = _mm512_set1_ps(tile->ss);
-    const __m512 uv = _mm512_set1_ps(tile->uv[0]), us = _mm512_set1_ps(tile->us[0]);
-    const __m512 os = _mm512_set1_ps(tile->os[0]), ou = _mm512_set1_ps(tile->ou[0][0]);
-    __m512 ka = zero, kb = zero, kc = zero, kd = zero, ke = zero, kf = zero, kg = zero, kh = zero;
-    __m512 qa = zero, qb = zero, qc = zero, qd = zero, qe = zero, qf = zero, qg = zero, qh = zero;
-    int32_t i;
-    for (i = 0; i < dim_k; i++, from += block->from.stride) {
-        const __m512 ki = _mm512_set1_ps(k[i]), qi = _mm512_set1_ps(q[i]);
-        __m512 s;
-        s = _mm512_loadu_ps(from), ka = _mm512_fmadd_ps(ki, s, ka), qa = _mm512_fmadd_ps(qi, s, qa);
-        s = _mm512_loadu_ps(from + 16), kb = _mm512_fmadd_ps(ki, s, kb), qb = _mm512_fmadd_ps(qi, s, qb);
-        s = _mm512_loadu_ps(from + 32), kc = _mm512_fmadd_ps(ki, s, kc), qc = _mm512_fmadd_ps(qi, s, qc);
-        s = _mm512_loadu_ps(from + 48), kd = _mm512_fmadd_ps(ki, s, kd), qd = _mm512_fmadd_ps(qi, s, qd);
-        s = _mm512_loadu_ps(from + 64), ke = _mm512_fmadd_ps(ki, s, ke), qe = _mm512_fmadd_ps(qi, s, qe);
-        s = _mm512_loadu_ps(from + 80), kf = _mm512_fmadd_ps(ki, s, kf), qf = _mm512_fmadd_ps(qi, s, qf);
-        s = _mm512_loadu_ps(from + 96), kg = _mm512_fmadd_ps(ki, s, kg), qg = _mm512_fmadd_ps(qi, s, qg);
-        s = _mm512_loadu_ps(from + 112), kh = _mm512_fmadd_ps(ki, s, kh), qh = _mm512_fmadd_ps(qi, s, qh);
-    }
-    ka = _mm512_fmadd_ps(us, ka, _mm512_mul_ps(uv, _mm512_loadu_ps(v))); /* from here on u */
-    kb = _mm512_fmadd_ps(us, kb, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 16)));
-    kc = _mm512_fmadd_ps(us, kc, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 32)));
-    kd = _mm512_fmadd_ps(us, kd, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 48)));
-    ke = _mm512_fmadd_ps(us, ke, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 64)));
-    kf = _mm512_fmadd_ps(us, kf, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 80)));
-    kg = _mm512_fmadd_ps(us, kg, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 96)));
-    kh = _mm512_fmadd_ps(us, kh, _mm512_mul_ps(uv, _mm512_loadu_ps(v + 112)));
-    _mm512_storeu_ps(o, _mm512_fmadd_ps(ou, ka, _mm512_mul_ps(os, qa)));
-    _mm512_storeu_ps(o + 16, _mm512_fmadd_ps(ou, kb, _mm512_mul_ps(os, qb)));
-    _mm512_storeu_ps(o + 32, _mm512_fmadd_ps(ou, kc, _mm512_mul_ps(os, qc)));
-    _mm512_storeu_ps(o + 48, _mm512_fmadd_ps(ou, kd, _mm512_mul_ps(os, qd)));
-    _mm512_storeu_ps(o + 64, _mm512_fmadd_ps(ou, ke, _mm512_mul_ps(os, qe)));
-    _mm512_storeu_ps(o + 80, _mm512_fmadd_ps(ou, kf, _mm512_mul_ps(os, qf)));
-    _mm512_storeu_ps(o + 96, _mm512_fmadd_ps(ou, kg, _mm512_mul_ps(os, qg)));
-    _mm512_storeu_ps(o + 112, _mm512_fmadd_ps(ou, kh, _mm512_mul_ps(os, qh)));
-    from = block->from.row + x;
-    for (i = 0; i < dim_k; i++, from += block->from.stride, to += block->to.stride) {
-        const __m512 ki = _mm512_set1_ps(k[i]);
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(ki, ka, _mm512_mul_ps(ss, _mm512_loadu_ps(from))));
-        _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(ki, kb, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 16))));
-        _mm512_storeu_ps(to + 32, _mm512_fmadd_ps(ki, kc, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 32))));
-        _mm512_storeu_ps(to + 48, _mm512_fmadd_ps(ki, kd, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 48))));
-        _mm512_storeu_ps(to + 64, _mm512_fmadd_ps(ki, ke, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 64))));
-        _mm512_storeu_ps(to + 80, _mm512_fmadd_ps(ki, kf, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 80))));
-        _mm512_storeu_ps(to + 96, _mm512_fmadd_ps(ki, kg, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 96))));
-        _mm512_storeu_ps(to + 112, _mm512_fmadd_ps(ki, kh, _mm512_mul_ps(ss, _mm512_loadu_ps(from + 112))));
+        for (x = 0; x < columns; x += 16)
+            _mm512_storeu_ps(to + x, _mm512_fmadd_ps(ki, _mm512_loadu_ps(sk + x), _mm512_mul_ps(ss, _mm512_loadu_ps(from + x))));
     }
 }
 #endif
 
-/* All columns of the block. A column's bits are the same in every kernel of a level. */
+/* All columns of the block. */
 static void fqla__step(fqla_cpu_level level, const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
-    int32_t x = 0;
+    int32_t x;
 #if FLASHQLA__X86
-    if (level == FQLA_CPU_AVX512 && tile->count == 1)
-        for (; x + 128 <= block->columns; x += 128) fqla__step_1_wide_avx512(tile, dim_k, block, x);
-    for (; x < block->columns && level >= FQLA_CPU_AVX2; x += FQLA__COLUMNS) {
-        if (level == FQLA_CPU_AVX512 && tile->count == 1) fqla__step_1_avx512(tile, dim_k, block, x);
-        else if (level == FQLA_CPU_AVX512) fqla__step_4_avx512(tile, dim_k, block, x);
-        else if (tile->count == 1) fqla__step_1_avx2(tile, dim_k, block, x);
+    if (level >= FQLA_CPU_AVX2 && tile->count == 1) {
+        if (level == FQLA_CPU_AVX512) fqla__step_1_avx512(tile, dim_k, block);
+        else fqla__step_1_avx2(tile, dim_k, block);
+        return;
+    }
+    for (x = 0; x < block->columns && level >= FQLA_CPU_AVX2; x += FQLA__COLUMNS) {
+        if (level == FQLA_CPU_AVX512) fqla__step_4_avx512(tile, dim_k, block, x);
         else fqla__step_4_avx2(tile, dim_k, block, x);
     }
+    if (level >= FQLA_CPU_AVX2) return;
 #endif
     (void)level;
-    for (; x < block->columns; x += FQLA__COLUMNS) fqla__step_plain(tile, dim_k, block, x);
+    for (x = 0; x < block->columns; x += FQLA__COLUMNS) fqla__step_plain(tile, dim_k, block, x);
 }
 
 static void fqla__step_vk(fqla_cpu_level level, const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
