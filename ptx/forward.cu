@@ -1,4 +1,4 @@
-/* The chunked forward of the gated delta rule on Hopper: one launch from q, k, v, g, beta to o and ht.
+/* The chunked forward of the gated delta rule on Hopper, after kernel prepare: the sequential part, from q, k, v, T to o and ht.
 
    The maths, a chunk of C = 64 tokens (G the running sum of g inside it, gamma_i = exp(G_i), gamma_C the last):
 
@@ -9,26 +9,26 @@
    A block is a sequence's v-head on one multiprocessor. Roles of its three warpgroups:
 
        state 0, state 1    64 of the 128 state columns each, S^T in registers          forward_state.h     208 registers
-       prepare             T, P and the tokens' factors, one chunk ahead               forward_prepare.h    88 registers
+       scores              P, ahead of the state                                       forward_scores.h     88 registers
 
    There is no loading warp: the last reader of a slot of shared memory issues its refill.
 
-       copy engine   q k(c+2) | v(c+1) |
-       prepare                  K K^T, Q K^T, (I + L)^-1, T, P of c+1 |
+       copy engine   q k T(c+2) | v(c+1) |
+       scores                   Q K^T, P of c+1 |
        state                    K S0(c) -> W -> T W -> update -> K S0(c+1) ...
-                                   Q S0(c)  ...            P Vn -> O out, under K S0(c+1)
+                                           Q S0(c)  P Vn -> O out, under K S0(c+1)
 
    Shared memory: forward_shared.h has the map in bytes. Cost and floor: LADDER.md. */
 #include <stddef.h>
 
-#include "forward_prepare.h"
+#include "forward_scores.h"
 #include "forward_shared.h"
 #include "forward_state.h"
 
-enum Role { STATE_0, STATE_1, PREPARE };
-enum { STATE_REGISTERS = 208, PREPARE_REGISTERS = 88 };
+enum Role { STATE_0, STATE_1, SCORES };
+enum { STATE_REGISTERS = 208, SCORES_REGISTERS = 88 };
 static_assert(FQLA__FORWARD_THREADS == 3 * WARPGROUP, "a warpgroup a role");
-static_assert(2 * STATE_REGISTERS + PREPARE_REGISTERS <= 504, "three warpgroups share 504 registers a thread triple");
+static_assert(2 * STATE_REGISTERS + SCORES_REGISTERS <= 504, "three warpgroups share 504 registers a thread triple");
 
 /* The slot of a sequence in a pool, -1 where there is none; counts what lies outside. */
 static __device__ __forceinline__ int64_t pool_slot(const fqla__forward_params &p, const int32_t *slots, int64_t n, bool count) {
@@ -46,37 +46,30 @@ static __device__ __forceinline__ void zero_output(const fqla__forward_params &p
 
 static __device__ __forceinline__ void init_shared(ForwardShared &s, int thread) {
     if (thread == 0) {
-        for (int i = 0; i < QK_SLOTS; i++) {
-            mbarrier_init(&s.qk_full[i], 1);
-            s.qk_readers[i] = 0;
+        for (int i = 0; i < CHUNK_SLOTS; i++) {
+            mbarrier_init(&s.chunk_full[i], 1);
+            mbarrier_init(&s.chunk_free[i], STATE_WARPS);
         }
         for (int i = 0; i < V_SLOTS; i++)
             for (int w = 0; w < STATE_WARPGROUPS; w++) {
                 mbarrier_init(&s.v_full[i][w], 1);
-                s.v_readers[i][w] = 0;
+                mbarrier_init(&s.v_free[i][w], STATE_WARPS / STATE_WARPGROUPS);
             }
-        for (int i = 0; i < PREPARED_SLOTS; i++) {
-            mbarrier_init(&s.prepared[i], WARPGROUP / WARP);
-            mbarrier_init(&s.released[i], STATE_WARPS);
+        for (int i = 0; i < P_SLOTS; i++) {
+            mbarrier_init(&s.p_full[i], WARPGROUP / WARP);
+            mbarrier_init(&s.p_free[i], STATE_WARPS);
         }
         mbarrier_init_fence();
     }
-    /* T and P above their diagonal blocks stay zero for good */
-    for (int unit = thread; unit < (int)(2 * PREPARED_SLOTS * sizeof(Tile) / 16); unit += FQLA__FORWARD_THREADS)
-        ((uint4 *)s.t)[unit] = make_uint4(0, 0, 0, 0);
+    for (int unit = thread; unit < (int)(sizeof s.p / 16); unit += FQLA__FORWARD_THREADS) /* above its diagonal blocks P stays zero */
+        ((uint4 *)s.p)[unit] = make_uint4(0, 0, 0, 0);
 }
-static_assert(offsetof(ForwardShared, p) == offsetof(ForwardShared, t) + PREPARED_SLOTS * sizeof(Tile), "T and P are cleared as one");
-
-/* The copy engine wants its maps at 64 bytes. */
-typedef struct __align__(64) AlignedParams {
-    fqla__forward_params values;
-} AlignedParams;
 
 extern "C" __global__ void __launch_bounds__(FQLA__FORWARD_THREADS, 1)
 #if defined(FLASHQLA_ELEMENT_BF16)
-    forward_bf16(const __grid_constant__ AlignedParams params)
+    forward_bf16(const __grid_constant__ fqla__aligned_params params)
 #else
-    forward_fp16(const __grid_constant__ AlignedParams params)
+    forward_fp16(const __grid_constant__ fqla__aligned_params params)
 #endif
 {
     const fqla__forward_params &p = params.values;
@@ -94,11 +87,13 @@ extern "C" __global__ void __launch_bounds__(FQLA__FORWARD_THREADS, 1)
     if (p.decode_tokens > 0) {
         sequence.row = n * p.decode_tokens;
         sequence.len = p.decode_tokens;
+        sequence.chunk = n;
         sequence.snapshot = 0;
     } else {
-        const fqla__device_sequence *entry = (const fqla__device_sequence *)(p.table + 1) + n;
+        const fqla__device_sequence *entry = (const fqla__device_sequence *)(p.table + 2) + n;
         sequence.row = entry->row;
         sequence.len = (int32_t)entry->len;
+        sequence.chunk = entry->chunk;
         sequence.snapshot = entry->snapshot;
     }
     sequence.chunks = (sequence.len + CHUNK - 1) / CHUNK;
@@ -119,14 +114,14 @@ extern "C" __global__ void __launch_bounds__(FQLA__FORWARD_THREADS, 1)
     fence_proxy_async();
     __syncthreads();
     if (thread == 0) {
-        for (int chunk = 0; chunk < min(QK_SLOTS, sequence.chunks); chunk++) load_qk(p, s, sequence, chunk);
+        for (int chunk = 0; chunk < min(CHUNK_SLOTS, sequence.chunks); chunk++) load_chunk(p, s, sequence, chunk);
         for (int chunk = 0; chunk < min(V_SLOTS, sequence.chunks); chunk++)
             for (int w = 0; w < STATE_WARPGROUPS; w++) load_v(p, s, sequence, chunk, w);
     }
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
-    if (role == PREPARE) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)PREPARE_REGISTERS));
-        prepare_chunks(p, s, thread % WARPGROUP);
+    if (role == SCORES) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)SCORES_REGISTERS));
+        run_scores(p, s, thread % WARPGROUP);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)STATE_REGISTERS));
         run_state(p, s, role, thread % WARPGROUP);

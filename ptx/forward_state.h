@@ -14,28 +14,6 @@
 #define FLASHQLA_FORWARD_STATE_H
 
 #include "forward_shared.h"
-#include "mma.h"
-#include "tma.h"
-#include "wgmma.h"
-
-/* Issue the loads of a chunk of q and k; of a chunk of v for one warpgroup. By one thread. */
-static __device__ __forceinline__ void load_qk(const fqla__forward_params &p, ForwardShared &s, const Sequence &sequence, int chunk) {
-    const int slot = chunk % QK_SLOTS;
-    const int32_t row = (int32_t)(sequence.row + (int64_t)chunk * CHUNK);
-    mbarrier_arrive_expect(&s.qk_full[slot], 4 * 128 * (uint32_t)p.load_rows);
-    for (int half = 0; half < 2; half++) {
-        tma_load(&s.k[slot][half], &p.k, half * FQLA__LOAD_COLUMNS, sequence.head_qk, row, &s.qk_full[slot]);
-        tma_load(&s.q[slot][half], &p.q, half * FQLA__LOAD_COLUMNS, sequence.head_qk, row, &s.qk_full[slot]);
-    }
-}
-
-static __device__ __forceinline__ void load_v(const fqla__forward_params &p, ForwardShared &s, const Sequence &sequence, int chunk,
-                                              int warpgroup) {
-    const int slot = chunk % V_SLOTS;
-    mbarrier_arrive_expect(&s.v_full[slot][warpgroup], 128 * (uint32_t)p.load_rows);
-    tma_load(&s.v[slot][warpgroup], &p.v, warpgroup * STATE_COLUMNS, sequence.head, (int32_t)(sequence.row + (int64_t)chunk * CHUNK),
-             &s.v_full[slot][warpgroup]);
-}
 
 /* A thread's elements of S^T: state[4j + e] is v = first_v + 8 (e/2), k = 8j + first_k + e%2. */
 typedef struct StatePlace {
@@ -118,14 +96,14 @@ static __device__ __forceinline__ void multiply_rows(float (&d)[32], const uint3
 }
 
 /* += left operand [64 x 64] by the transposed T or P. */
-static __device__ __forceinline__ void multiply_prepared(float (&d)[32], const uint32_t (&a)[16], const Tile *tile) {
+static __device__ __forceinline__ void multiply_prepared(float (&d)[32], const uint32_t (&a)[16], const void *tile) {
 #pragma unroll
     for (int step = 0; step < CHUNK / 16; step++)
         wgmma_64x64(d, &a[4 * step], descriptor_advance(tile_descriptor(tile, 0), step * 32));
 }
 
-/* W = V^T - w KS in place. v: the warp's 16 columns of the warpgroup's tile. Tokens from `valid` on are another sequence's. */
-static __device__ __forceinline__ void subtract_from_v(float (&ks)[32], const Tile *v, const float *w, int warp, int lane, int valid) {
+/* W = V^T - w KS in place. v: the warp's 16 columns of the warpgroup's tile. tail: tokens from `valid` on are another sequence's. */
+template <bool tail> static __device__ __forceinline__ void subtract_from_v(float (&ks)[32], const Tile *v, const float *w, int warp, int lane, int valid) {
 #pragma unroll
     for (int pair = 0; pair < CHUNK / 16; pair++) {
         const int row = 16 * pair + lane / 16 * 8 + lane % 8, unit = 2 * warp + lane / 8 % 2;
@@ -136,7 +114,7 @@ static __device__ __forceinline__ void subtract_from_v(float (&ks)[32], const Ti
             const int token = 16 * pair + 8 * half + 2 * (lane % 4);
             const float2 factor = *(const float2 *)&w[token];
             float *d = &ks[8 * pair + 4 * half];
-            const uint32_t keep = token + 1 < valid ? 0xffffffffu : token < valid ? 0xffffu : 0u;
+            const uint32_t keep = !tail || token + 1 < valid ? 0xffffffffu : token < valid ? 0xffffu : 0u;
             const uint32_t upper = r[2 * half] & keep, lower = r[2 * half + 1] & keep;
             d[0] = low_element(upper) - factor.x * d[0];
             d[1] = high_element(upper) - factor.y * d[1];
@@ -158,13 +136,10 @@ static __device__ __forceinline__ void scale_columns(float (&d)[32], const float
     }
 }
 
-/* O^T to o: transposed through the warp's 2 KB of shared memory (rows of 32 bytes, 32-byte swizzle), then one bulk store, or row by row
-   where rows from `valid` on are another sequence's. */
-static __device__ __forceinline__ void store_output(const float (&o)[32], const fqla__forward_params &p, unsigned char *staging,
-                                                    const Sequence &sequence, int chunk, int first_v, int lane, int valid) {
-    const int64_t first_row = sequence.row + (int64_t)chunk * CHUNK;
-    if (lane == 0) tma_store_wait(); /* the last chunk's store has read the staging */
-    __syncwarp();
+/* O^T to o, transposed through the warp's 2 KB of shared memory: rows of 32 bytes, 16-byte units exchanged every four rows so that no two
+   of eight rows meet in a bank. Rows from `valid` on are another sequence's. */
+static __device__ __forceinline__ void stage_output(const float (&o)[32], const fqla__forward_params &p, unsigned char *staging, int lane) {
+    __syncwarp(); /* the last chunk's rows are read */
 #pragma unroll
     for (int pair = 0; pair < CHUNK / 16; pair++) {
         const int row = 16 * pair + lane / 16 * 8 + lane % 8, unit = lane / 8 % 2;
@@ -173,25 +148,28 @@ static __device__ __forceinline__ void store_output(const float (&o)[32], const 
                                pack_elements(d[0] * p.scale, d[1] * p.scale), pack_elements(d[2] * p.scale, d[3] * p.scale),
                                pack_elements(d[4] * p.scale, d[5] * p.scale), pack_elements(d[6] * p.scale, d[7] * p.scale));
     }
-    if (valid == CHUNK) {
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) tma_store(&p.o, first_v, sequence.head, (int32_t)first_row, staging);
-    } else {
-        __syncwarp();
-        for (int row = lane / 2; row < valid; row += WARP / 2) {
-            const uint4 unit = *(const uint4 *)(staging + row * 32 + ((lane % 2 ^ (row / 4 % 2)) * 16));
-            *(uint4 *)((uint16_t *)p.o_rows + (first_row + row) * p.o_token + sequence.head * p.o_head + first_v + lane % 2 * 8) = unit;
-        }
+    __syncwarp();
+}
+
+static __device__ __forceinline__ void send_output(const fqla__forward_params &p, const unsigned char *staging, const Sequence &sequence,
+                                                   int chunk, int first_v, int lane, int valid) {
+    const int64_t first_row = sequence.row + (int64_t)chunk * CHUNK;
+    uint16_t *to = (uint16_t *)p.o_rows + (first_row + lane / 2) * p.o_token + sequence.head * p.o_head + first_v + lane % 2 * 8;
+#pragma unroll
+    for (int i = 0; i < CHUNK * 2 / WARP; i++) {
+        const int row = lane / 2 + i * (WARP / 2);
+        const uint4 unit = *(const uint4 *)(staging + row * 32 + ((lane % 2 ^ (row / 4 % 2)) * 16));
+        if (row < valid) *(uint4 *)(to + i * (WARP / 2) * p.o_token) = unit;
     }
 }
 
-/* Wait until a chunk is prepared. Past the last one there is nothing to wait for: its KS is issued all the same, of whatever lies in the
-   slot, and not used, since a wgmma in flight on one of two paths would make the compiler wait for every one. */
+/* Wait until a chunk's k and q are there; where k's rows past the end are to be cleared, until they are. Past the last chunk there is
+   nothing to wait for: its KS is issued all the same, of whatever lies in the slot, and not used, since a wgmma in flight on one
+   of two paths would make the compiler wait for every one. */
 static __device__ __forceinline__ void wait_chunk(ForwardShared &s, const Sequence &sequence, int chunk) {
     if (chunk >= sequence.chunks) return;
-    mbarrier_wait(&s.prepared[chunk % PREPARED_SLOTS], chunk / PREPARED_SLOTS % 2);
-    mbarrier_wait(&s.qk_full[chunk % QK_SLOTS], chunk / QK_SLOTS % 2);
+    if (sequence.len - chunk * CHUNK < CHUNK) mbarrier_wait(&s.p_full[chunk % P_SLOTS], chunk / P_SLOTS % 2);
+    mbarrier_wait(&s.chunk_full[chunk % CHUNK_SLOTS], chunk / CHUNK_SLOTS % 2);
 }
 
 static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s, int warpgroup, int thread) {
@@ -210,28 +188,31 @@ static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s
 
     wait_chunk(s, sequence, 0);
     wgmma_fence();
-    multiply_rows(ks, state16, s.k[0]);
+    multiply_rows(ks, state16, s.chunk[0].k);
     wgmma_commit();
     for (int chunk = 0; chunk < sequence.chunks; chunk++) {
         const int lane = renewed(thread) & (WARP - 1);
-        const int slot = chunk % PREPARED_SLOTS, qk_slot = chunk % QK_SLOTS, v_slot = chunk % V_SLOTS;
+        const int p_slot = chunk % P_SLOTS, v_slot = chunk % V_SLOTS, chunk_slot = chunk % CHUNK_SLOTS;
         const int valid = min(CHUNK, sequence.len - chunk * CHUNK);
-        const TokenFactors &factors = s.factors[slot];
+        const ChunkSlot &in = s.chunk[chunk_slot], &next = s.chunk[(chunk + 1) % CHUNK_SLOTS];
+        const fqla__prepared_chunk &factors = in.prepared;
+        unsigned char *staging = s.o[4 * warpgroup + warp];
         uint32_t w16[16], update16[16];
 
         mbarrier_wait(&s.v_full[v_slot][warpgroup], chunk / V_SLOTS % 2);
         wgmma_wait<0>();
         wgmma_settle(ks);
-        subtract_from_v(ks, &s.v[v_slot][warpgroup], factors.w, warp, lane, valid);
+        if (valid == CHUNK) subtract_from_v<false>(ks, &s.v[v_slot][warpgroup], factors.w, warp, lane, valid);
+        else subtract_from_v<true>(ks, &s.v[v_slot][warpgroup], factors.w, warp, lane, valid);
         __syncwarp();
-        if (lane == 0 && last_reader(&s.v_readers[v_slot][warpgroup], 4) && chunk + V_SLOTS < sequence.chunks)
-            load_v(p, s, sequence, chunk + V_SLOTS, warpgroup);
+        if (lane == 0) mbarrier_arrive(&s.v_free[v_slot][warpgroup]);
         pack_operand(w16, ks);
         scale_columns(ks, factors.beta, lane);
         wgmma_fence();
-        multiply_prepared(ks, w16, &s.t[slot]);
-        multiply_rows(o, state16, s.q[qk_slot]);
+        multiply_prepared(ks, w16, factors.t);
+        multiply_rows(o, state16, in.q);
         wgmma_commit();
+        if (chunk > 0) send_output(p, staging, sequence, chunk - 1, first_v, lane, CHUNK);
         wgmma_wait<0>();
         wgmma_settle(ks);
         pack_columns(w16, update16, ks, factors.update, lane); /* w16 is Vn from here on */
@@ -240,36 +221,36 @@ static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s
         wgmma_fence();
 #pragma unroll
         for (int step = 0; step < CHUNK / 16; step++)
-            wgmma_64x128_transposed(state, &update16[4 * step], descriptor_advance(tile_descriptor(s.k[qk_slot], sizeof(Tile)), step * 2048));
+            wgmma_64x128_transposed(state, &update16[4 * step], descriptor_advance(tile_descriptor(in.k, sizeof(Tile)), step * 2048));
         wgmma_commit();
         wgmma_settle(o);
         scale_columns(o, factors.o, lane);
+        mbarrier_wait(&s.p_full[p_slot], chunk / P_SLOTS % 2);
         wgmma_fence();
-        multiply_prepared(o, w16, &s.p[slot]);
+        multiply_prepared(o, w16, &s.p[p_slot]);
         wgmma_commit();
 
         wgmma_wait<1>();
         wgmma_settle(state);
-        if (lane == 0 && last_reader(&s.qk_readers[qk_slot], STATE_WARPS) && chunk + QK_SLOTS < sequence.chunks)
-            load_qk(p, s, sequence, chunk + QK_SLOTS);
+        if (lane == 0) mbarrier_arrive(&s.chunk_free[chunk_slot]);
         pack_operand(state16, state);
-
         wait_chunk(s, sequence, chunk + 1);
         wgmma_fence();
-        multiply_rows(ks, state16, s.k[(chunk + 1) % QK_SLOTS]);
+        multiply_rows(ks, state16, next.k);
         wgmma_commit();
         wgmma_wait<1>();
         wgmma_settle(o);
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(&s.released[slot]);
-        store_output(o, p, s.o[4 * warpgroup + warp], sequence, chunk, first_v, lane, valid);
+        if (lane == 0) mbarrier_arrive(&s.p_free[p_slot]);
+        stage_output(o, p, staging, lane);
         if (p.checkpoint_every > 0 && valid == CHUNK && (chunk + 1) % p.checkpoint_every == 0)
             store_state(state, p.snapshots, (sequence.snapshot + (chunk + 1) / p.checkpoint_every - 1) * p.heads_v + sequence.head,
                         state_place(p, first_v, lane));
     }
     wgmma_wait<0>();
+    if (sequence.chunks > 0)
+        send_output(p, s.o[4 * warpgroup + warp], sequence, sequence.chunks - 1, first_v, renewed(thread) & (WARP - 1),
+                    sequence.len - (sequence.chunks - 1) * CHUNK);
     if (sequence.out >= 0) store_state(state, p.ht, sequence.out, state_place(p, first_v, renewed(thread) & (WARP - 1)));
-    tma_store_wait(); /* the staging outlives its reads */
 }
 
 #endif

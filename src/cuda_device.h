@@ -58,6 +58,8 @@ static const struct {
     const char *name;
     int shared_bytes;
 } fqla__kernels[FQLA__KERNEL_COUNT] = {
+    {"prepare_bf16", FQLA__PREPARE_SHARED_BYTES},
+    {"prepare_fp16", FQLA__PREPARE_SHARED_BYTES},
     {"forward_bf16", FQLA__FORWARD_SHARED_BYTES},
     {"forward_fp16", FQLA__FORWARD_SHARED_BYTES},
 };

@@ -107,7 +107,13 @@ static void fqla__cuda_result_words(const fqla__cuda_driver *driver, fqla__cuda_
 }
 
 /* The kernels, one an image; see fqla__kernels in cuda_device.h. */
-enum { FQLA__KERNEL_FORWARD_BF16, FQLA__KERNEL_FORWARD_FP16, FQLA__KERNEL_COUNT };
+enum {
+    FQLA__KERNEL_PREPARE_BF16,
+    FQLA__KERNEL_PREPARE_FP16,
+    FQLA__KERNEL_FORWARD_BF16,
+    FQLA__KERNEL_FORWARD_FP16,
+    FQLA__KERNEL_COUNT
+};
 
 /* What a context keeps on CUDA: all of it from its creation on, so that a run loads nothing. */
 typedef struct fqla__cuda_device {

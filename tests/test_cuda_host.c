@@ -205,6 +205,7 @@ static enum greatest_test_res refused(fqla_status expected, fqla_status status, 
 }
 
 enum { HEADS_QK = 2, HEADS_V = 4, SEQS = 3, TOKENS = 200 };
+enum { MAX_CHUNKS = TOKENS / 64 + SEQS }; /* however the tokens are divided */
 static const int32_t cu_seqlens[SEQS + 1] = {0, 130, 130, 200};
 
 static fqla_plan_desc plan_desc(void) {
@@ -240,6 +241,42 @@ static fqla_decode_args decode_args_in(void *memory) {
     args.q = forward.q, args.k = forward.k, args.v = forward.v, args.g = forward.g, args.beta = forward.beta;
     args.o = forward.o, args.ht = forward.ht;
     return args;
+}
+
+/* Two launches are a run's: kernel prepare, then forward, on one stream and with the same parameters. These are launches
+   `first` and `first + 1`. type: "bf16" or "fp16". */
+static enum greatest_test_res run_launched(int first, const char *type, unsigned int prepare_blocks, unsigned int forward_blocks,
+                                           fqla_stream stream, int captured) {
+    static const char *const kernels[2] = {"prepare", "forward"};
+    const unsigned int blocks[2] = {prepare_blocks, forward_blocks};
+    const unsigned int threads[2] = {FQLA__PREPARE_THREADS, FQLA__FORWARD_THREADS};
+    const unsigned int shared_bytes[2] = {FQLA__PREPARE_SHARED_BYTES, FQLA__FORWARD_SHARED_BYTES};
+    fake_cuda_launch launches[2];
+    int i;
+    ASSERT(fake.fake_cuda_launches() >= first + 2);
+    for (i = 0; i < 2; i++) {
+        char name[64];
+        launches[i] = fake.fake_cuda_launch_at(first + i);
+        snprintf(name, sizeof name, "%s_%s", kernels[i], type);
+        ASSERT_STR_EQ(name, launches[i].kernel);
+        ASSERT_EQm(name, blocks[i], launches[i].grid[0]);
+        ASSERT_EQm(name, 1u, launches[i].grid[1] * launches[i].grid[2]);
+        ASSERT_EQm(name, threads[i], launches[i].block[0]);
+        ASSERT_EQm(name, 1u, launches[i].block[1] * launches[i].block[2]);
+        ASSERT_EQm(name, shared_bytes[i], launches[i].shared_bytes);
+        ASSERT_EQm(name, stream, launches[i].stream);
+        ASSERT_EQm(name, primary_context(0), launches[i].context);
+        ASSERT_EQm(name, captured, launches[i].captured);
+    }
+    ASSERT_MEM_EQ(launches[0].parameters, launches[1].parameters, sizeof launches[0].parameters);
+    PASS();
+}
+
+static fqla__forward_params parameters_of(int launch) {
+    const fake_cuda_launch record = fake.fake_cuda_launch_at(launch);
+    fqla__forward_params p;
+    memcpy(&p, record.parameters, sizeof p);
+    return p;
 }
 
 /* ---- opening */
@@ -491,8 +528,9 @@ TEST two_contexts(void) {
     ASSERT_EQ(FQLA_OK, fqla_alloc(b, args_bytes, &memory));
     args = args_in(memory);
     ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL));
-    ASSERT_EQ(1, fake.fake_cuda_launches());
-    CHECK_CALL(refused(FQLA_ERROR_IN_USE, fqla_context_destroy(b), "2 plans and buffers"));
+    ASSERT_EQ(2, fake.fake_cuda_launches());
+    CHECK_CALL(run_launched(0, "bf16", MAX_CHUNKS * HEADS_V, SEQS * HEADS_V, NULL, 0));
+    CHECK_CALL(refused(FQLA_ERROR_IN_USE, fqla_context_destroy(b), "3 plans and buffers"));
     ASSERT_EQ(FQLA__KERNEL_COUNT, fake.fake_cuda_count().modules);
     fqla_plan_destroy(plan);
     ASSERT_EQ(FQLA_OK, fqla_free(b, memory));
@@ -554,6 +592,9 @@ TEST out_of_memory(void) {
     ASSERT(memory == NULL);
     fake.fake_cuda_settings()->memory = 16;
     CHECK_CALL(refused(FQLA_ERROR_OUT_OF_MEMORY, fqla_plan_create(context, &desc, &plan), "fqla_plan_create: cuMemAlloc failed"));
+    ASSERT(plan == NULL);
+    fake.fake_cuda_settings()->memory = 1000; /* room for the table, not for the workspace */
+    CHECK_CALL(refused(FQLA_ERROR_OUT_OF_MEMORY, fqla_plan_create(context, &desc, &plan), "bytes: cuMemAlloc failed"));
     ASSERT(plan == NULL);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     return clean();
@@ -639,8 +680,8 @@ TEST streams_of_another_context(void) {
     CHECK_CALL(refused(FQLA_ERROR_WRONG_CONTEXT, fqla_plan_update(plan, SEQS, cu_seqlens, stream), "fqla_plan_update: stream"));
     CHECK_CALL(refused(FQLA_ERROR_WRONG_CONTEXT, fqla_forward(plan, &args, stream), "fqla_forward: stream"));
     ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL)); /* the default stream of the plan's context, whatever is current */
-    ASSERT_EQ(1, fake.fake_cuda_launches());
-    ASSERT_EQ(primary_context(0), fake.fake_cuda_launch_at(0).context);
+    ASSERT_EQ(2, fake.fake_cuda_launches());
+    CHECK_CALL(run_launched(0, "bf16", MAX_CHUNKS * HEADS_V, SEQS * HEADS_V, NULL, 0));
     ASSERT_EQ(other, fake.fake_cuda_current());
     fake.fake_cuda_pop();
     fqla_plan_destroy(plan);
@@ -663,18 +704,22 @@ SUITE(memory) {
 
 /* ---- plans */
 
-/* The device table against rows of { row, len, snapshot }. */
-static enum greatest_test_res table_holds(const fqla_plan *plan, int32_t num_seqs, const int64_t (*rows)[3]) {
+/* The device table: sequences and chunks, then rows of { row, len, chunk, snapshot }. */
+static enum greatest_test_res table_holds(const fqla_plan *plan, int32_t num_seqs, int64_t chunks, const int64_t (*rows)[4]) {
     const int64_t *table = (const int64_t *)plan->cuda.table;
     int32_t n;
     ASSERT_EQ(num_seqs, (int32_t)table[0]);
-    for (n = 0; n < num_seqs; n++) ASSERT_MEM_EQ(rows[n], table + 1 + 3 * n, sizeof rows[n]);
+    ASSERT_EQ((int)chunks, (int)table[1]);
+    for (n = 0; n < num_seqs; n++) ASSERT_MEM_EQ(rows[n], table + 2 + 4 * n, sizeof rows[n]);
     PASS();
 }
 
 TEST the_table_of_a_packed_plan(void) {
-    static const int64_t first[3][3] = {{0, 130, 0}, {130, 0, 2}, {130, 70, 2}}, second[2][3] = {{0, 64, 0}, {64, 136, 1}};
-    static const int32_t other[3] = {0, 64, 200};
+    static const int64_t first[3][4] = {{0, 130, 0, 0}, {130, 0, 3, 2}, {130, 70, 3, 2}};
+    static const int64_t second[2][4] = {{0, 64, 0, 0}, {64, 136, 1, 1}};
+    static const int64_t third[3][4] = {{0, 0, 0, 0}, {0, 0, 0, 0}, {0, 65, 0, 0}};
+    static const int64_t fourth[3][4] = {{0, 1, 0, 0}, {1, 1, 1, 0}, {2, 191, 2, 0}};
+    static const int32_t other[3] = {0, 64, 200}, two_empty[4] = {0, 0, 0, 65}, most_parts[4] = {0, 1, 2, 193};
     fqla_context *context = open_cuda();
     fqla_stream stream = stream_of(primary_context(0));
     fqla_plan_desc desc = plan_desc();
@@ -683,28 +728,38 @@ TEST the_table_of_a_packed_plan(void) {
     int before;
     desc.checkpoint_every = 1;
     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
-    CHECK_CALL(table_holds(plan, 3, first));
+    CHECK_CALL(table_holds(plan, 3, 5, first));
     ASSERT_EQ(1, fake.fake_cuda_copies());
+    ASSERT_EQ(16u + 3 * 32, (unsigned int)fake.fake_cuda_copy_at(0).bytes);
 
     before = fake.fake_cuda_calls();
     ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 2, other, stream));
     ASSERT_EQ(before + 5, fake.fake_cuda_calls()); /* push, whose stream, capturing, one copy, pop */
-    CHECK_CALL(table_holds(plan, 3, first)); /* ordered on the stream: not yet */
+    CHECK_CALL(table_holds(plan, 3, 5, first)); /* ordered on the stream: not yet */
     ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
-    CHECK_CALL(table_holds(plan, 2, second));
+    CHECK_CALL(table_holds(plan, 2, 4, second));
     ASSERT_EQ(2, fake.fake_cuda_copies());
     ASSERT_EQ(stream, fake.fake_cuda_copy_at(1).stream);
-    ASSERT_EQ(8u + 2 * 24, (unsigned int)fake.fake_cuda_copy_at(1).bytes);
+    ASSERT_EQ(16u + 2 * 32, (unsigned int)fake.fake_cuda_copy_at(1).bytes);
     fqla_plan_info(plan, &summary);
     ASSERT_EQ(2, summary.num_seqs);
+    ASSERT_EQ(4, (int)summary.chunks);
     ASSERT_EQ(3, (int)summary.checkpoints);
+
+    ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 3, two_empty, stream));
+    ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
+    CHECK_CALL(table_holds(plan, 3, 2, third));
+    ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 3, most_parts, stream));
+    ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
+    CHECK_CALL(table_holds(plan, 3, 5, fourth));
     fqla_plan_destroy(plan);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     return clean();
 }
 
 TEST the_table_of_a_padded_plan(void) {
-    static const int64_t full[3][3] = {{0, 70, 0}, {70, 70, 0}, {140, 70, 0}}, ragged[2][3] = {{0, 3, 0}, {70, 64, 0}};
+    static const int64_t full[3][4] = {{0, 70, 0, 0}, {70, 70, 2, 0}, {140, 70, 4, 0}};
+    static const int64_t ragged[2][4] = {{0, 3, 0, 0}, {70, 64, 1, 0}};
     static const int32_t lengths[3] = {0, 3, 67};
     fqla_context *context = open_cuda();
     fqla_plan_desc desc = plan_desc();
@@ -712,13 +767,13 @@ TEST the_table_of_a_padded_plan(void) {
     desc.cu_seqlens = NULL;
     desc.padded_len = 70;
     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
-    CHECK_CALL(table_holds(plan, 3, full));
+    CHECK_CALL(table_holds(plan, 3, 6, full));
     ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 2, lengths, NULL));
     ASSERT_EQ(FQLA_OK, fqla_synchronize(context, NULL));
-    CHECK_CALL(table_holds(plan, 2, ragged));
+    CHECK_CALL(table_holds(plan, 2, 2, ragged));
     ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 3, NULL, NULL));
     ASSERT_EQ(FQLA_OK, fqla_synchronize(context, NULL));
-    CHECK_CALL(table_holds(plan, 3, full));
+    CHECK_CALL(table_holds(plan, 3, 6, full));
     fqla_plan_destroy(plan);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     return clean();
@@ -726,7 +781,7 @@ TEST the_table_of_a_padded_plan(void) {
 
 /* Refused while the stream is captured, also the legacy one, and when the copy fails: then the plan is as before. */
 TEST an_update_that_is_refused(void) {
-    static const int64_t rows[3][3] = {{0, 130, 0}, {130, 0, 0}, {130, 70, 0}};
+    static const int64_t rows[3][4] = {{0, 130, 0, 0}, {130, 0, 3, 0}, {130, 70, 3, 0}};
     static const int32_t other[2] = {0, 200};
     fqla_context *context = open_cuda();
     fqla_stream stream = stream_of(primary_context(0));
@@ -747,7 +802,7 @@ TEST an_update_that_is_refused(void) {
     fqla_plan_info(plan, &after);
     ASSERT_MEM_EQ(&before, &after, sizeof before);
     ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
-    CHECK_CALL(table_holds(plan, 3, rows));
+    CHECK_CALL(table_holds(plan, 3, 5, rows));
     fqla_plan_destroy(plan);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     return clean();
@@ -776,7 +831,10 @@ TEST what_cuda_does_not_do(void) {
     desc = plan_desc();
     desc.heads_v = 65536;
     desc.max_seqs = 32768;
-    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "plan_desc.max_seqs is 32768"));
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "max_seqs 32768; with heads_v 65536"));
+    desc.max_seqs = SEQS;
+    desc.max_tokens = 64 * (32768 - SEQS); /* 32768 chunks */
+    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "plan_desc.max_tokens is 2096960"));
     desc = plan_desc();
     desc.dtype = FQLA_DTYPE_FP32;
     CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "FP32"));
@@ -790,6 +848,11 @@ TEST what_cuda_does_not_do(void) {
     desc.strides.q.head = 132;
     CHECK_CALL(refused(FQLA_ERROR_MISALIGNED, fqla_plan_create(context, &desc, &plan), "strides.q"));
     ASSERT_EQ(before, fake.fake_cuda_calls());
+    desc = plan_desc();
+    desc.heads_v = 65536;
+    desc.max_tokens = 64 * (32768 - SEQS) - 1; /* 32767 chunks are not too many, but their workspace is */
+    CHECK_CALL(refused(FQLA_ERROR_OUT_OF_MEMORY, fqla_plan_create(context, &desc, &plan), "cuMemAlloc failed"));
+    ASSERT(plan == NULL);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     return clean();
 }
@@ -804,14 +867,58 @@ TEST the_plan_says_what_runs(void) {
     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
     ASSERT_EQ(FQLA_OK, fqla_plan_info(plan, &summary));
     ASSERT_EQ(FQLA_BACKEND_CUDA, summary.backend);
-    ASSERT_STR_EQ("cuda forward_fp16 (" FORM ")", summary.forward);
-    ASSERT(strstr(summary.decode, "as sequences of one token") != NULL);
+    ASSERT_STR_EQ("cuda prepare_fp16, forward_fp16 (" FORM ")", summary.forward);
+    ASSERT_STR_EQ("cuda prepare_fp16, forward_fp16 (" FORM "), as sequences of one token; no more than one", summary.decode);
     ASSERT(strstr(summary.backward, "none") != NULL);
     ASSERT(summary.schedule[0] != '\0');
     ASSERT_EQ(FQLA_OK, fqla_workspace_size(plan, &bytes));
-    ASSERT_EQ(0u, (unsigned int)bytes);
-    ASSERT_EQ(0u, (unsigned int)(summary.workspace_size + summary.residuals_size));
+    ASSERT_EQ(MAX_CHUNKS * HEADS_V * sizeof(fqla__prepared_chunk), bytes);
+    ASSERT_EQ(bytes, summary.workspace_size);
+    ASSERT_EQ(0u, (unsigned int)summary.residuals_size);
     fqla_plan_destroy(plan);
+    desc.dtype = FQLA_DTYPE_BF16;
+    ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+    ASSERT_EQ(FQLA_OK, fqla_plan_info(plan, &summary));
+    ASSERT_STR_EQ("cuda prepare_bf16, forward_bf16 (" FORM ")", summary.forward);
+    fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* Room for every chunk that max_tokens tokens in max_seqs sequences can have; the same over updates; the plan's own or none. */
+TEST the_size_of_the_workspace(void) {
+    static const int32_t other[2] = {0, 5};
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    fake_cuda_census before, after;
+    int padded;
+    for (padded = 0; padded < 2; padded++) {
+        size_t bytes = 0, after_update = 0, external = 0;
+        desc = plan_desc();
+        desc.max_seqs = 7;
+        if (padded) desc.cu_seqlens = NULL, desc.padded_len = 70; /* 490 tokens in 14 chunks */
+        else desc.max_tokens = 447;
+        before = fake.fake_cuda_count();
+        ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+        after = fake.fake_cuda_count();
+        ASSERT_EQ(FQLA_OK, fqla_workspace_size(plan, &bytes));
+        ASSERT_EQ((padded ? 7u + 7 : 6u + 7) * HEADS_V * sizeof(fqla__prepared_chunk), bytes);
+        ASSERT_EQ(before.allocations + 2, after.allocations); /* the table and the workspace */
+        ASSERT_EQ(before.bytes + 16 + 7 * 32 + bytes, after.bytes);
+        ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 1, other, NULL));
+        ASSERT_EQ(FQLA_OK, fqla_workspace_size(plan, &after_update));
+        ASSERT_EQ(bytes, after_update);
+        fqla_plan_destroy(plan);
+        desc.external_workspace = 1;
+        ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+        after = fake.fake_cuda_count();
+        ASSERT_EQ(FQLA_OK, fqla_workspace_size(plan, &external));
+        ASSERT_EQ(bytes, external);
+        ASSERT_EQ(before.allocations + 1, after.allocations);
+        ASSERT_EQ(before.bytes + 16 + 7 * 32, after.bytes);
+        fqla_plan_destroy(plan);
+    }
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     return clean();
 }
@@ -824,6 +931,7 @@ SUITE(plans) {
     RUN_TEST(creation_stays_off_the_legacy_stream);
     RUN_TEST(what_cuda_does_not_do);
     RUN_TEST(the_plan_says_what_runs);
+    RUN_TEST(the_size_of_the_workspace);
 }
 
 /* ---- runs */
@@ -843,7 +951,7 @@ static enum greatest_test_res map_holds(const fqla__tensor_map *map, const void 
     PASS();
 }
 
-/* Every field of the parameters, with nothing left at its default. */
+/* Every field of the parameters, with no choice of the plan's left at its default. */
 TEST the_launch_of_a_forward(void) {
     fqla_context *context = open_cuda();
     fqla_stream stream = stream_of(primary_context(0));
@@ -851,7 +959,6 @@ TEST the_launch_of_a_forward(void) {
     fqla_plan_desc desc = plan_desc();
     fqla_plan *plan = NULL;
     fqla_forward_args args;
-    fake_cuda_launch launch;
     fake_cuda_census before, after;
     fqla__forward_params p;
     const size_t state = HEADS_V * 128 * 128 * 2;
@@ -893,29 +1000,24 @@ TEST the_launch_of_a_forward(void) {
     before = fake.fake_cuda_count();
     calls = fake.fake_cuda_calls();
     ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, stream));
-    ASSERT_EQ(calls + 8, fake.fake_cuda_calls()); /* push, whose stream, four maps, launch, pop */
+    ASSERT_EQ(calls + 9, fake.fake_cuda_calls()); /* push, whose stream, four maps, two launches, pop */
     after = fake.fake_cuda_count();
     ASSERT_MEM_EQ(&before, &after, sizeof before);
-    ASSERT_EQ(1, fake.fake_cuda_launches());
-    launch = fake.fake_cuda_launch_at(0);
-    ASSERT_STR_EQ("forward_fp16", launch.kernel);
-    ASSERT_EQ(HEADS_V * 5u, launch.grid[0]);
-    ASSERT_EQ(1u, launch.grid[1] * launch.grid[2]);
-    ASSERT_EQ((unsigned int)FQLA__FORWARD_THREADS, launch.block[0]);
-    ASSERT_EQ(1u, launch.block[1] * launch.block[2]);
-    ASSERT_EQ((unsigned int)FQLA__FORWARD_SHARED_BYTES, launch.shared_bytes);
-    ASSERT_EQ(stream, launch.stream);
-    ASSERT_EQ(primary_context(0), launch.context);
+    ASSERT_EQ(2, fake.fake_cuda_launches());
+    CHECK_CALL(run_launched(0, "fp16", (300 / 64 + 5) * HEADS_V, 5 * HEADS_V, stream, 0));
 
-    memcpy(&p, launch.parameters, sizeof p);
+    p = parameters_of(0);
     CHECK_CALL(map_holds(&p.q, args.q, HEADS_QK, 300, 136, 400, 64, 64, 6, 3));
     CHECK_CALL(map_holds(&p.k, args.k, HEADS_QK, 300, 128, 256, 64, 64, 6, 3));
     CHECK_CALL(map_holds(&p.v, args.v, HEADS_V, 300, 128, 512, 64, 64, 6, 3));
     CHECK_CALL(map_holds(&p.o, args.o, HEADS_V, 300, 300 * 128 + 64, 128, 16, 64, 6, 1));
     ASSERT(p.g == args.g && p.beta == args.beta && p.A_log == args.A_log && p.dt_bias == args.dt_bias);
-    ASSERT(p.h0 == args.h0 && p.ht == args.ht && p.o_rows == args.o && p.snapshots == args.checkpoints);
+    ASSERT(p.h0 == args.h0 && p.ht == args.ht && p.snapshots == args.checkpoints);
+    ASSERT(p.q_rows == args.q && p.o_rows == args.o);
     ASSERT(p.state_in == args.state_in && p.state_out == args.state_out && p.bad_index_count == args.bad_index_count);
     ASSERT((uintptr_t)p.table == plan->cuda.table);
+    ASSERT(plan->workspace != NULL && (void *)p.prepared == plan->workspace);
+    ASSERT(p.q_token == 400 && p.q_head == 136);
     ASSERT(p.g_token == 7 && p.g_head == 1 && p.beta_token == 9 && p.beta_head == 2);
     ASSERT(p.o_token == 128 && p.o_head == 300 * 128 + 64);
     ASSERT(p.heads_qk == HEADS_QK && p.heads_v == HEADS_V);
@@ -923,6 +1025,7 @@ TEST the_launch_of_a_forward(void) {
     ASSERT(p.gate == FQLA_GATE_RAW && p.beta_form == FQLA_BETA_SIGMOID);
     ASSERT(p.negative_eigenvalues == 1 && p.l2norm == 1 && p.state_bf16 == 1);
     ASSERT(p.pool_size == 9 && p.checkpoint_every == 2 && p.decode_tokens == 0 && p.scale == 0.5f);
+    ASSERT(p.load_rows == 64 && p.heads_per_block == 1);
     fqla_free(context, memory);
     fqla_free(context, more);
     fqla_plan_destroy(plan);
@@ -935,19 +1038,24 @@ TEST the_launch_of_a_decode(void) {
     fqla_plan_desc desc = plan_desc();
     fqla_plan *plan = NULL;
     fqla_decode_args args;
-    fake_cuda_launch launch;
     fqla__forward_params p;
     void *memory = NULL;
+    int calls;
     desc.checkpoint_every = 1;
     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
     ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes, &memory));
     args = decode_args_in(memory);
+    calls = fake.fake_cuda_calls();
     ASSERT_EQ(FQLA_OK, fqla_decode(plan, &args, NULL));
-    launch = fake.fake_cuda_launch_at(0);
-    ASSERT_STR_EQ("forward_bf16", launch.kernel);
-    ASSERT_EQ((unsigned int)(HEADS_V * SEQS), launch.grid[0]);
-    memcpy(&p, launch.parameters, sizeof p);
+    ASSERT_EQ(calls + 8, fake.fake_cuda_calls()); /* the default stream is nobody's: as a forward, without whose stream */
+    ASSERT_EQ(2, fake.fake_cuda_launches());
+    CHECK_CALL(run_launched(0, "bf16", SEQS * HEADS_V, SEQS * HEADS_V, NULL, 0)); /* a token is a chunk */
+    p = parameters_of(0);
     ASSERT(p.decode_tokens == 1 && p.checkpoint_every == 0 && p.snapshots == NULL && p.h0 == NULL && p.state_bf16 == 0);
+    ASSERT(p.load_rows == 1 && p.heads_per_block == 1);
+    ASSERT(p.q_rows == args.q && p.q_token == HEADS_QK * 128 && p.q_head == 128 && (void *)p.prepared == plan->workspace);
+    CHECK_CALL(map_holds(&p.q, args.q, HEADS_QK, SEQS, 128, 256, 64, 1, 9, 3));
+    CHECK_CALL(map_holds(&p.k, args.k, HEADS_QK, SEQS, 128, 256, 64, 1, 9, 3));
     CHECK_CALL(map_holds(&p.v, args.v, HEADS_V, SEQS, 128, 512, 64, 1, 9, 3));
     CHECK_CALL(map_holds(&p.o, args.o, HEADS_V, SEQS, 128, 512, 16, 64, 9, 1));
     args.num_tokens = 2;
@@ -955,7 +1063,7 @@ TEST the_launch_of_a_decode(void) {
     args.num_tokens = 1;
     args.states = args.ht;
     CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_decode(plan, &args, NULL), "states is given"));
-    ASSERT_EQ(1, fake.fake_cuda_launches());
+    ASSERT_EQ(2, fake.fake_cuda_launches());
     fqla_free(context, memory);
     fqla_plan_destroy(plan);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
@@ -965,6 +1073,7 @@ TEST the_launch_of_a_decode(void) {
 /* A plan of empty sequences alone: maps have a row, for the driver takes none without. */
 TEST no_tokens_at_all(void) {
     static const int32_t none[2] = {0, 0};
+    static const int64_t row[1][4] = {{0, 0, 0, 0}};
     fqla_context *context = open_cuda();
     fqla_plan_desc desc = plan_desc();
     fqla_plan *plan = NULL;
@@ -976,7 +1085,9 @@ TEST no_tokens_at_all(void) {
     ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes, &memory));
     args = args_in(memory);
     ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL));
-    ASSERT_EQ(1, fake.fake_cuda_launches());
+    ASSERT_EQ(2, fake.fake_cuda_launches());
+    CHECK_CALL(run_launched(0, "bf16", HEADS_V, HEADS_V, NULL, 0));
+    CHECK_CALL(table_holds(plan, 1, 0, row));
     fqla_free(context, memory);
     fqla_plan_destroy(plan);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
@@ -1002,16 +1113,122 @@ TEST a_run_is_captured(void) {
     ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, stream));
     ASSERT_EQ(FQLA_OK, fqla_decode(plan, &decode, stream));
     ASSERT_EQ(1, fake.fake_cuda_capture_end(stream));
-    ASSERT_EQ(2, fake.fake_cuda_launches());
-    ASSERT_EQ(1, fake.fake_cuda_launch_at(0).captured);
-    ASSERT_EQ(1, fake.fake_cuda_launch_at(1).captured);
+    ASSERT_EQ(4, fake.fake_cuda_launches());
+    CHECK_CALL(run_launched(0, "bf16", MAX_CHUNKS * HEADS_V, SEQS * HEADS_V, stream, 1));
+    CHECK_CALL(run_launched(2, "bf16", SEQS * HEADS_V, SEQS * HEADS_V, stream, 1));
     ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 1, other, stream));
     ASSERT_EQ(FQLA_OK, fqla_synchronize(context, stream));
-    memcpy(&p, fake.fake_cuda_launch_at(0).parameters, sizeof p);
-    ASSERT(p.table[0] == 1 && p.table[2] == 5);
-    ASSERT_EQ(2, fake.fake_cuda_launches());
+    p = parameters_of(0);
+    ASSERT(p.table[0] == 1 && p.table[1] == 1 && p.table[3] == 5);
+    ASSERT_EQ(4, fake.fake_cuda_launches());
     fqla_free(context, memory);
     fqla_plan_destroy(plan);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* A block of kernel prepare serves one v-head, or from 16 blocks a multiprocessor on all v-heads of a q/k head. The plan's maxima
+   decide, for a decode too. */
+TEST heads_per_block(void) {
+    static const struct {
+        int multiprocessors, max_tokens, heads_per_block; /* chunks: max_tokens / 64 + SEQS */
+    } cases[] = {{1, 319, 1}, {1, 320, 2}, {2, 320, 1}, {2, 64 * 13 - 1, 1}, {2, 64 * 13, 2}, {132, 64 * 13, 1}};
+    size_t i;
+    for (i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        const unsigned int chunks = (unsigned int)cases[i].max_tokens / 64 + SEQS, per = (unsigned int)cases[i].heads_per_block;
+        fqla_plan_desc desc = plan_desc();
+        fqla_context *context;
+        fqla_plan *plan = NULL;
+        fqla_forward_args args;
+        fqla_decode_args decode;
+        void *memory = NULL;
+        start(NULL);
+        fake.fake_cuda_settings()->multiprocessors = cases[i].multiprocessors;
+        context = open_cuda();
+        desc.max_tokens = cases[i].max_tokens;
+        ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+        ASSERT_EQ(FQLA_OK, fqla_alloc(context, 5 * args_bytes, &memory)); /* room for more tokens than TOKENS */
+        memset(&args, 0, sizeof args);
+        args.q = memory;
+        args.k = (char *)memory + args_bytes;
+        args.v = (char *)memory + 2 * args_bytes;
+        args.o = (char *)memory + 3 * args_bytes;
+        args.g = (char *)memory + 4 * args_bytes;
+        args.beta = (char *)memory + 4 * args_bytes + 0x10000;
+        decode = decode_args_in(memory);
+        ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL));
+        ASSERT_EQ(FQLA_OK, fqla_decode(plan, &decode, NULL));
+        ASSERT_EQ(4, fake.fake_cuda_launches());
+        CHECK_CALL(run_launched(0, "bf16", chunks * HEADS_V / per, SEQS * HEADS_V, NULL, 0));
+        CHECK_CALL(run_launched(2, "bf16", SEQS * HEADS_V / per, SEQS * HEADS_V, NULL, 0));
+        ASSERT_EQ(cases[i].heads_per_block, parameters_of(0).heads_per_block);
+        ASSERT_EQ(cases[i].heads_per_block, parameters_of(2).heads_per_block);
+        fqla_free(context, memory);
+        fqla_plan_destroy(plan);
+        ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+        CHECK_CALL(clean());
+    }
+    PASS();
+}
+
+/* The caller's workspace goes before the plan's own. A plan with neither does not run, nor does one with too few bytes; the driver
+   is not asked. */
+TEST whose_workspace(void) {
+    fqla_context *context = open_cuda();
+    fqla_plan_desc desc = plan_desc();
+    fqla_plan *plan = NULL;
+    fqla_forward_args args;
+    fqla_decode_args decode;
+    void *memory = NULL, *workspace = NULL;
+    size_t bytes = 0;
+    int external, calls;
+    for (external = 0; external < 2; external++) {
+        int launches = fake.fake_cuda_launches();
+        desc.external_workspace = external;
+        ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+        ASSERT_EQ(FQLA_OK, fqla_workspace_size(plan, &bytes));
+        ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes, &memory));
+        ASSERT_EQ(FQLA_OK, fqla_alloc(context, bytes, &workspace));
+        args = args_in(memory);
+        decode = decode_args_in(memory);
+        calls = fake.fake_cuda_calls();
+        if (external) {
+            ASSERT(plan->workspace == NULL);
+            CHECK_CALL(refused(FQLA_ERROR_NULL_POINTER, fqla_forward(plan, &args, NULL), "fqla_forward: workspace is NULL"));
+            CHECK_CALL(refused(FQLA_ERROR_NULL_POINTER, fqla_decode(plan, &decode, NULL), "fqla_decode: workspace is NULL"));
+            ASSERT_EQ(calls, fake.fake_cuda_calls());
+        } else {
+            ASSERT(plan->workspace != NULL);
+            ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL));
+            ASSERT_EQ(FQLA_OK, fqla_decode(plan, &decode, NULL));
+            ASSERT((void *)parameters_of(launches).prepared == plan->workspace);
+            ASSERT((void *)parameters_of(launches + 2).prepared == plan->workspace);
+            launches += 4;
+        }
+        args.workspace = decode.workspace = workspace;
+        args.workspace_size = decode.workspace_size = bytes - 1;
+        calls = fake.fake_cuda_calls();
+        CHECK_CALL(refused(FQLA_ERROR_WORKSPACE_TOO_SMALL, fqla_forward(plan, &args, NULL), "fqla_forward: workspace_size is"));
+        CHECK_CALL(refused(FQLA_ERROR_WORKSPACE_TOO_SMALL, fqla_decode(plan, &decode, NULL), "fqla_decode: workspace_size is"));
+        args.workspace = (char *)workspace + 128;
+        args.workspace_size = decode.workspace_size = bytes;
+        CHECK_CALL(refused(FQLA_ERROR_MISALIGNED, fqla_forward(plan, &args, NULL), "workspace"));
+        args.workspace = args.ht;
+        CHECK_CALL(refused(FQLA_ERROR_OVERLAP, fqla_forward(plan, &args, NULL), "workspace"));
+        ASSERT_EQ(calls, fake.fake_cuda_calls());
+        ASSERT_EQ(launches, fake.fake_cuda_launches());
+        args.workspace = workspace;
+        ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL));
+        ASSERT_EQ(FQLA_OK, fqla_decode(plan, &decode, NULL));
+        ASSERT_EQ(launches + 4, fake.fake_cuda_launches());
+        CHECK_CALL(run_launched(launches, "bf16", MAX_CHUNKS * HEADS_V, SEQS * HEADS_V, NULL, 0));
+        CHECK_CALL(run_launched(launches + 2, "bf16", SEQS * HEADS_V, SEQS * HEADS_V, NULL, 0));
+        ASSERT((void *)parameters_of(launches).prepared == workspace);
+        ASSERT((void *)parameters_of(launches + 2).prepared == workspace);
+        fqla_free(context, workspace);
+        fqla_free(context, memory);
+        fqla_plan_destroy(plan);
+    }
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     return clean();
 }
@@ -1052,6 +1269,8 @@ SUITE(runs) {
     RUN_TEST(the_launch_of_a_decode);
     RUN_TEST(no_tokens_at_all);
     RUN_TEST(a_run_is_captured);
+    RUN_TEST(heads_per_block);
+    RUN_TEST(whose_workspace);
     RUN_TEST(bad_arguments);
 }
 
@@ -1116,7 +1335,7 @@ static const char *const loading[] = {"cuModuleLoadData", "cuModuleGetFunction",
 
 static enum greatest_test_res every_call_fails(int borrow, int result, const char *result_name, fqla_status expected) {
     fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
-    int n, launched, hit = 1;
+    int n, launched, halves = 0, workspace_lines = 0, hit = 1;
     for (n = 1; hit; n++) {
         char words[128];
         const char *name;
@@ -1133,9 +1352,12 @@ static enum greatest_test_res every_call_fails(int borrow, int result, const cha
             ASSERT_EQ(FQLA_OK, status);
             ASSERT_EQ(0, host.errors + host.infos);
         } else if (status == FQLA_OK) { /* a line about it, and all else went on */
-            ASSERTm(name, is_one_of(name, noted) || is_one_of(name, noted_at_the_end) || is_one_of(name, loading));
-            ASSERTm(name, strstr(host.infos_text, words) != NULL);
-            ASSERT_EQm(name, 0, host.errors);
+            const int of_workspace = strncmp(host.error, "fqla_free: ", 11) == 0; /* the plan's own goes by fqla_free */
+            const int at_no_end = is_one_of(name, noted) || is_one_of(name, loading);
+            ASSERTm(name, is_one_of(name, noted_at_the_end) || (at_no_end && !of_workspace));
+            ASSERTm(name, strstr(of_workspace ? host.error : host.infos_text, words) != NULL);
+            ASSERT_EQm(name, of_workspace, host.errors);
+            workspace_lines += of_workspace;
         } else {
             const int refusal = strcmp(name, "cuInit") == 0 || is_one_of(name, loading);
             ASSERTm(name, !is_one_of(name, noted));
@@ -1144,12 +1366,19 @@ static enum greatest_test_res every_call_fails(int borrow, int result, const cha
             ASSERT_EQm(name, 1, host.errors);
         }
         ASSERT_EQm(name, launched, fake.fake_cuda_launches());
+        if (launched % 2 == 1) { /* the second launch failed: the first, which writes the workspace alone, is there */
+            ASSERT_STR_EQ("cuLaunchKernel", name);
+            ASSERT_STR_EQ("prepare_bf16", fake.fake_cuda_launch_at(launched - 1).kernel);
+            halves++;
+        }
         /* a context that cannot be entered has ended, and took along what was in it; here it still has to */
         if (borrow && strcmp(name, "cuCtxPushCurrent") == 0) fake.fake_cuda_context_destroy(desc.cuda_context);
         CHECK_CALL(clean());
         if (borrow) fake.fake_cuda_context_destroy(desc.cuda_context);
     }
     ASSERT(n > 40);
+    ASSERT_EQ(2, halves); /* of the forward and of the decode */
+    ASSERT_EQ(2, workspace_lines); /* entering and freeing, once each */
     return clean();
 }
 
@@ -1198,8 +1427,10 @@ TEST every_call_fails_under_auto(void) {
     PASS();
 }
 
-/* Each entry point on objects that live on: fails at each of its calls, and works the next time. */
+/* Each entry point on objects that live on: fails at each of its calls, and works the next time. A run that fails has launched
+   nothing, but for the one whose second launch fails: the first is kernel prepare's. */
 TEST a_later_call_works(void) {
+    enum { SECOND_LAUNCH = 8 }; /* a run's calls: push, whose stream, four maps, two launches, pop */
     enum { ALLOC, UPLOAD, DOWNLOAD, WAIT, PLAN, UPDATE, FORWARD, DECODE, ENTRY_POINTS };
     fqla_context *context = open_cuda();
     fqla_stream stream = stream_of(primary_context(0));
@@ -1240,11 +1471,14 @@ TEST a_later_call_works(void) {
                 fake.fake_cuda_settings()->fail_call = 0;
                 if (again || !hit) ASSERT_EQ(FQLA_OK, status);
                 if (status != FQLA_OK) {
+                    const int half = entry >= FORWARD && n == SECOND_LAUNCH;
                     ASSERT_EQ(FQLA_ERROR_DRIVER, status);
-                    ASSERT_EQ(launches, fake.fake_cuda_launches());
+                    ASSERT_EQ(launches + half, fake.fake_cuda_launches());
+                    ASSERT(entry < FORWARD || (strcmp(failed_call(), "cuLaunchKernel") == 0) == (n >= SECOND_LAUNCH - 1));
+                    if (half) ASSERT_STR_EQ("prepare_bf16", fake.fake_cuda_launch_at(launches).kernel);
                     ASSERT(made == NULL && made_plan == NULL);
                 } else if (entry >= FORWARD) {
-                    ASSERT_EQ(launches + 1, fake.fake_cuda_launches());
+                    ASSERT_EQ(launches + 2, fake.fake_cuda_launches());
                 } else if (entry == UPDATE) {
                     ASSERT_EQ(copies + 1, fake.fake_cuda_copies());
                 }
@@ -1275,7 +1509,7 @@ enum { THREADS = 4, ROUNDS = 50 };
 
 typedef struct worker {
     fqla_context *context;
-    fqla_plan *shared; /* run by all: it needs no workspace */
+    fqla_plan *shared; /* run by all, each with a workspace of its own */
     fqla_cuda_context current;
     fqla_stream stream;
     int failures;
@@ -1289,17 +1523,23 @@ static FLASHQLA__THREAD_RETURN work(void *argument) {
     for (i = 0; i < ROUNDS; i++) {
         fqla_forward_args args;
         fqla_plan *plan = NULL;
-        void *memory = NULL;
+        void *memory = NULL, *workspace = NULL;
+        size_t bytes = 0;
         char sent = (char)i, got = 0;
         w->failures += fqla_alloc(w->context, args_bytes, &memory) != FQLA_OK;
+        w->failures += fqla_workspace_size(w->shared, &bytes) != FQLA_OK;
+        w->failures += fqla_alloc(w->context, bytes, &workspace) != FQLA_OK;
         args = args_in(memory);
         w->failures += fqla_plan_create(w->context, &desc, &plan) != FQLA_OK;
         w->failures += fqla_upload(w->context, memory, &sent, 1, w->stream) != FQLA_OK;
         w->failures += fqla_forward(plan, &args, w->stream) != FQLA_OK;
+        args.workspace = workspace;
+        args.workspace_size = bytes;
         w->failures += fqla_forward(w->shared, &args, w->stream) != FQLA_OK;
         w->failures += fqla_download(w->context, &got, memory, 1, w->stream) != FQLA_OK;
         w->failures += got != sent || fake.fake_cuda_current() != w->current;
         fqla_plan_destroy(plan);
+        w->failures += fqla_free(w->context, workspace) != FQLA_OK;
         w->failures += fqla_free(w->context, memory) != FQLA_OK;
     }
     fake.fake_cuda_pop();
@@ -1309,7 +1549,7 @@ static FLASHQLA__THREAD_RETURN work(void *argument) {
 
 TEST threads_share_a_context(void) {
     fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
-    const fqla_plan_desc plan_as = plan_desc();
+    fqla_plan_desc plan_as = plan_desc();
     fqla__thread threads[THREADS];
     worker workers[THREADS];
     fqla_context *context = NULL;
@@ -1320,6 +1560,7 @@ TEST threads_share_a_context(void) {
     desc.free = NULL;
     desc.log = NULL;
     ASSERT_EQ(FQLA_OK, fqla_context_create(&desc, &context));
+    plan_as.external_workspace = 1;
     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &plan_as, &shared));
     for (i = 0; i < THREADS; i++) {
         workers[i].context = context;
@@ -1331,7 +1572,7 @@ TEST threads_share_a_context(void) {
     }
     for (i = 0; i < THREADS; i++) fqla__thread_join(threads[i]);
     for (i = 0; i < THREADS; i++) ASSERT_EQ(0, workers[i].failures);
-    ASSERT_EQ(2 * THREADS * ROUNDS, fake.fake_cuda_launches());
+    ASSERT_EQ(2 * 2 * THREADS * ROUNDS, fake.fake_cuda_launches());
     fqla_plan_destroy(shared);
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     fake.fake_cuda_context_destroy(other);
