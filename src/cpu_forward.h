@@ -70,9 +70,9 @@ typedef struct fqla__forward_part {
     fqla_cpu_level level;
     fqla__forward_slot slot;
     fqla__sequence sequence;
-    const void *h0; /* NULL: zero */
-    void *ht;       /* NULL: not stored */
-    int32_t in, out; /* the sequence's entries in them */
+    const void *h0;         /* NULL: zero */
+    void *ht;               /* NULL: not stored */
+    int32_t in, out;        /* the sequence's entries in them */
     int32_t h_qk, h, h_step, team;
     int32_t x_begin, x_end; /* columns, multiples of FQLA__COLUMNS */
     int32_t x_count;        /* those of them below D_v */
@@ -237,7 +237,7 @@ static void fqla__segment_store_o(const fqla__forward_part *part, fqla__segment 
     }
 }
 
-/* One token on float32 states of layout VK, which are h0 and ht: no step of the others' kind, which would need them transposed. */
+/* One token from h0 to ht, both float32 of layout VK: has a step of its own, since the others' would need the states transposed. */
 static bool fqla__is_vk_step(const fqla__forward_part *part) {
     return part->sequence.len == 1 && part->run->snapshots == NULL && part->h0 != NULL && part->ht != NULL &&
            part->desc->state_layout == FQLA_STATE_VK && part->desc->state_dtype == FQLA_DTYPE_FP32;

@@ -102,8 +102,8 @@ FLASHQLA__TARGET_AVX2 static void fqla__step_4_avx2(const fqla__tile *tile, int3
     }
 }
 
-/* One token, all columns of the block: rows of state in their order in memory, as fast as it gives them. The sums lie in the L1 cache;
-   4 rows are added to a sum at a time. */
+/* One token, all columns of the block: rows of state in their order in memory, as fast as it gives them. The sums lie in the L1
+   cache; 4 rows are added to a sum at a time. */
 FLASHQLA__TARGET_AVX2 static void fqla__step_1_avx2(const fqla__tile *tile, int32_t dim_k, const fqla__block *block) {
     const float *k = tile->k, *q = tile->q, *from = block->from.row;
     const int64_t from_stride = block->from.stride, to_stride = block->to.stride;
