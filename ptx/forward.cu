@@ -40,7 +40,7 @@ static __device__ __forceinline__ int64_t pool_slot(const fqla__forward_params &
 
 static __device__ __forceinline__ void zero_output(const fqla__forward_params &p, const Sequence &sequence, int thread) {
     for (int64_t unit = thread; unit < (int64_t)sequence.len * (DIM / 8); unit += FQLA__FORWARD_THREADS)
-        *(uint4 *)((uint16_t *)p.o_rows + (sequence.row + unit / (DIM / 8)) * p.o_token + sequence.head * p.o_head + unit % (DIM / 8) * 8) =
+        *(uint4 *)((uint16_t *)p.o + (sequence.row + unit / (DIM / 8)) * p.o_token + sequence.head * p.o_head + unit % (DIM / 8) * 8) =
             make_uint4(0, 0, 0, 0);
 }
 

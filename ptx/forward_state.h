@@ -154,7 +154,7 @@ static __device__ __forceinline__ void stage_output(const float (&o)[32], const 
 static __device__ __forceinline__ void send_output(const fqla__forward_params &p, const unsigned char *staging, const Sequence &sequence,
                                                    int chunk, int first_v, int lane, int valid) {
     const int64_t first_row = sequence.row + (int64_t)chunk * CHUNK;
-    uint16_t *to = (uint16_t *)p.o_rows + (first_row + lane / 2) * p.o_token + sequence.head * p.o_head + first_v + lane % 2 * 8;
+    uint16_t *to = (uint16_t *)p.o + (first_row + lane / 2) * p.o_token + sequence.head * p.o_head + first_v + lane % 2 * 8;
 #pragma unroll
     for (int i = 0; i < CHUNK * 2 / WARP; i++) {
         const int row = lane / 2 + i * (WARP / 2);

@@ -172,6 +172,7 @@ static __device__ __forceinline__ void invert(PrepareShared &s, int warp, int la
         mma_fp16_8(y, a[3], pack_fp16(l.x, l.y));
         load_tiles_transposed(a, block_address(s.matrix, BLOCK * warp, BLOCK * warp, lane));
         mma_fp16_8(corner, pack_fp16(y[0], y[1]), a[0]);
+        __syncwarp(); /* the corner was read along with the leaves */
         *(uint32_t *)&s.matrix[BLOCK * warp + LEAF + lane / 4][BLOCK * warp + column] = pack_fp16(-corner[0], -corner[1]);
     }
     __syncthreads();

@@ -1,12 +1,8 @@
-/* The bulk tensor copy engine: boxes of a tensor map between device and shared memory. */
+/* The bulk copy engine: boxes of a tensor map into shared memory, and contiguous bytes either way. */
 #ifndef FLASHQLA_TMA_H
 #define FLASHQLA_TMA_H
 
 #include "mbarrier.h"
-
-static __device__ __forceinline__ void tma_prefetch_map(const void *map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
 
 /* Box at (column, head, row) into shared memory; completes on the barrier. */
 static __device__ __forceinline__ void tma_load(void *to, const void *map, int32_t column, int32_t head, int32_t row, uint64_t *barrier) {
@@ -14,13 +10,6 @@ static __device__ __forceinline__ void tma_load(void *to, const void *map, int32
                      shared_address(to)),
                  "l"(map), "r"(column), "r"(head), "r"(row), "r"(shared_address(barrier))
                  : "memory");
-}
-
-static __device__ __forceinline__ void tma_store(const void *map, int32_t column, int32_t head, int32_t row, const void *from) {
-    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map), "r"(column), "r"(head),
-                 "r"(row), "r"(shared_address(from))
-                 : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
 /* `bytes` contiguous bytes, a multiple of 16, either way. */

@@ -27,7 +27,7 @@ enum {
 enum { FQLA__CUDA_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8 }; /* CU_FUNC_ATTRIBUTE_* */
 enum { FQLA__CUDA_TENSOR_FLOAT16 = 6, FQLA__CUDA_TENSOR_BFLOAT16 = 9 }; /* CU_TENSOR_MAP_* */
 enum { FQLA__CUDA_INTERLEAVE_NONE = 0, FQLA__CUDA_OOB_FILL_ZERO = 0 };
-enum { FQLA__CUDA_SWIZZLE_32B = 1, FQLA__CUDA_SWIZZLE_128B = 3 };
+enum { FQLA__CUDA_SWIZZLE_128B = 3 };
 enum { FQLA__CUDA_L2_PROMOTION_NONE = 0, FQLA__CUDA_L2_PROMOTION_256B = 3 };
 
 /* Every function that is called, by the name that the library exports it under. */

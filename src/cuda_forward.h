@@ -84,6 +84,8 @@ static void fqla__cuda_plan_destroy(fqla_plan *plan) {
     fqla_context *context = plan->context;
     if (plan->cuda.table != 0 && fqla__cuda_enter_to_end(context)) {
         fqla__cuda_note(context, "cuMemFree", context->cuda.driver.cuMemFree_v2(plan->cuda.table));
+        if (plan->workspace != NULL)
+            fqla__cuda_note(context, "cuMemFree", context->cuda.driver.cuMemFree_v2((fqla__cuda_address)plan->workspace));
         fqla__cuda_leave(context);
     }
     fqla__host_free(&context->desc, plan->cuda.staging);
@@ -96,41 +98,6 @@ static fqla_status fqla__cuda_plan_update(fqla_plan *plan, int32_t num_seqs, con
     status = fqla__cuda_check_live_stream(plan->context, function, stream);
     if (status == FQLA_OK) status = fqla__cuda_send_table(plan, function, num_seqs, cu_seqlens, stream);
     fqla__cuda_leave(plan->context);
-    return status;
-}
-
-/* Of a kernel's two variants, given the one for bfloat16, the plan's. */
-static int fqla__cuda_variant(const fqla_plan *plan, int bf16_kernel) { return bf16_kernel + (plan->desc.dtype == FQLA_DTYPE_FP16); }
-
-static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summary) {
-    const char *prepare = fqla__kernels[fqla__cuda_variant(plan, FQLA__KERNEL_PREPARE_BF16)].name;
-    const char *forward = fqla__kernels[fqla__cuda_variant(plan, FQLA__KERNEL_FORWARD_BF16)].name, *form = plan->context->summary.kernel_form;
-    snprintf(summary->forward, sizeof summary->forward, "cuda %s, %s (%s)", prepare, forward, form);
-    snprintf(summary->decode, sizeof summary->decode, "cuda %s, %s (%s), as sequences of one token; no more than one", prepare, forward, form);
-    snprintf(summary->backward, sizeof summary->backward, "none: CUDA has no backward kernels yet");
-    snprintf(summary->schedule, sizeof summary->schedule, "a block of %d threads for each of %d v-heads of up to %d sequences",
-             (int)FQLA__FORWARD_THREADS, (int)plan->desc.heads_v, (int)plan->desc.max_seqs);
-}
-
-/* The tensor map of [rows, heads, 128], read or written in boxes of box_rows rows of one head, `columns` wide. */
-static fqla_status fqla__cuda_tensor_map(const fqla__run *run, const char *function, fqla__tensor_map *map, const void *tensor,
-                                         int32_t heads, const fqla_strides *strides, int32_t box_rows, uint32_t columns, int swizzle) {
-    const fqla_plan_desc *d = &run->plan->desc;
-    const int type = d->dtype == FQLA_DTYPE_FP16 ? FQLA__CUDA_TENSOR_FLOAT16 : FQLA__CUDA_TENSOR_BFLOAT16;
-    const int32_t rows = run->decode_tokens > 0 ? d->max_seqs : d->max_tokens;
-    const uint32_t element_strides[3] = {1, 1, 1};
-    uint64_t dims[3], byte_strides[2], storage[16 + 15], *aligned = storage; /* the driver wants 128-byte alignment */
-    uint32_t box[3];
-    fqla_status status;
-    while ((uintptr_t)aligned % 128 != 0) aligned++;
-    dims[0] = 128, dims[1] = (uint64_t)heads, dims[2] = rows > 0 ? (uint64_t)rows : 1;
-    byte_strides[0] = (uint64_t)strides->head * 2, byte_strides[1] = (uint64_t)strides->token * 2;
-    box[0] = columns, box[1] = 1, box[2] = (uint32_t)box_rows;
-    status = fqla__cuda_check(run->plan->context, function, "cuTensorMapEncodeTiled",
-                              run->plan->context->cuda.driver.cuTensorMapEncodeTiled(
-                                  aligned, type, 3, (void *)(uintptr_t)tensor, dims, byte_strides, box, element_strides,
-                                  FQLA__CUDA_INTERLEAVE_NONE, swizzle, FQLA__CUDA_L2_PROMOTION_256B, FQLA__CUDA_OOB_FILL_ZERO));
-    if (status == FQLA_OK) memcpy(map, aligned, sizeof *map);
     return status;
 }
 
@@ -149,7 +116,7 @@ static void fqla__cuda_forward_params(const fqla__run *run, fqla__forward_params
     p->A_log = run->A_log, p->dt_bias = run->dt_bias;
     p->h0 = run->h0, p->ht = run->ht;
     p->q_rows = run->q;
-    p->o_rows = run->o;
+    p->o = run->o;
     p->snapshots = run->snapshots;
     p->state_in = run->state_in, p->state_out = run->state_out;
     p->bad_index_count = run->bad_index_count;
@@ -172,6 +139,42 @@ static void fqla__cuda_forward_params(const fqla__run *run, fqla__forward_params
     p->scale = d->scale;
 }
 
+/* Of a kernel's two variants, given the one for bfloat16, the plan's. */
+static int fqla__cuda_variant(const fqla_plan *plan, int bf16_kernel) { return bf16_kernel + (plan->desc.dtype == FQLA_DTYPE_FP16); }
+
+static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summary) {
+    const char *prepare = fqla__kernels[fqla__cuda_variant(plan, FQLA__KERNEL_PREPARE_BF16)].name;
+    const char *forward = fqla__kernels[fqla__cuda_variant(plan, FQLA__KERNEL_FORWARD_BF16)].name, *form = plan->context->summary.kernel_form;
+    snprintf(summary->forward, sizeof summary->forward, "cuda %s, %s (%s)", prepare, forward, form);
+    snprintf(summary->decode, sizeof summary->decode, "cuda %s, %s (%s), as sequences of one token; no more than one", prepare, forward, form);
+    snprintf(summary->backward, sizeof summary->backward, "none: CUDA has no backward kernels yet");
+    snprintf(summary->schedule, sizeof summary->schedule,
+             "prepare: a block for %d v-heads of a chunk; forward: a block for each of %d v-heads of up to %d sequences",
+             (int)fqla__cuda_heads_per_block(plan), (int)plan->desc.heads_v, (int)plan->desc.max_seqs);
+}
+
+/* The tensor map of [rows, heads, 128], read in boxes of box_rows rows of 64 columns of one head. */
+static fqla_status fqla__cuda_tensor_map(const fqla__run *run, const char *function, fqla__tensor_map *map, const void *tensor,
+                                         int32_t heads, const fqla_strides *strides, int32_t box_rows) {
+    const fqla_plan_desc *d = &run->plan->desc;
+    const int type = d->dtype == FQLA_DTYPE_FP16 ? FQLA__CUDA_TENSOR_FLOAT16 : FQLA__CUDA_TENSOR_BFLOAT16;
+    const int32_t rows = run->decode_tokens > 0 ? d->max_seqs : d->max_tokens;
+    const uint32_t element_strides[3] = {1, 1, 1};
+    uint64_t dims[3], byte_strides[2], storage[16 + 15], *aligned = storage; /* the driver wants 128-byte alignment */
+    uint32_t box[3];
+    fqla_status status;
+    while ((uintptr_t)aligned % 128 != 0) aligned++;
+    dims[0] = 128, dims[1] = (uint64_t)heads, dims[2] = rows > 0 ? (uint64_t)rows : 1;
+    byte_strides[0] = (uint64_t)strides->head * 2, byte_strides[1] = (uint64_t)strides->token * 2;
+    box[0] = FQLA__LOAD_COLUMNS, box[1] = 1, box[2] = (uint32_t)box_rows;
+    status = fqla__cuda_check(run->plan->context, function, "cuTensorMapEncodeTiled",
+                              run->plan->context->cuda.driver.cuTensorMapEncodeTiled(
+                                  aligned, type, 3, (void *)(uintptr_t)tensor, dims, byte_strides, box, element_strides,
+                                  FQLA__CUDA_INTERLEAVE_NONE, FQLA__CUDA_SWIZZLE_128B, FQLA__CUDA_L2_PROMOTION_256B, FQLA__CUDA_OOB_FILL_ZERO));
+    if (status == FQLA_OK) memcpy(map, aligned, sizeof *map);
+    return status;
+}
+
 static fqla_status fqla__cuda_launch(const fqla_plan *plan, const char *function, int kernel, int64_t blocks, unsigned int threads,
                                      fqla__forward_params *params, fqla_stream stream) {
     const fqla__cuda_device *cuda = &plan->context->cuda;
@@ -191,16 +194,14 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     const fqla_tensor_strides *s = &d->strides;
     const char *function = run->decode_tokens > 0 ? "fqla_decode" : "fqla_forward";
     const int64_t chunks = run->decode_tokens > 0 ? d->max_seqs : fqla__cuda_max_chunks(d);
-    const int load = FQLA__CUDA_SWIZZLE_128B, store = FQLA__CUDA_SWIZZLE_32B;
     fqla__forward_params p;
     fqla_status status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     fqla__cuda_forward_params(run, &p);
     if ((status = fqla__cuda_check_stream(plan->context, function, stream)) == FQLA_OK &&
-        (status = fqla__cuda_tensor_map(run, function, &p.q, run->q, d->heads_qk, &s->q, p.load_rows, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
-        (status = fqla__cuda_tensor_map(run, function, &p.k, run->k, d->heads_qk, &s->k, p.load_rows, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
-        (status = fqla__cuda_tensor_map(run, function, &p.v, run->v, d->heads_v, &s->v, p.load_rows, FQLA__LOAD_COLUMNS, load)) == FQLA_OK &&
-        (status = fqla__cuda_tensor_map(run, function, &p.o, run->o, d->heads_v, &s->o, FQLA__CHUNK_ROWS, FQLA__STORE_COLUMNS, store)) == FQLA_OK)
+        (status = fqla__cuda_tensor_map(run, function, &p.q, run->q, d->heads_qk, &s->q, p.load_rows)) == FQLA_OK &&
+        (status = fqla__cuda_tensor_map(run, function, &p.k, run->k, d->heads_qk, &s->k, p.load_rows)) == FQLA_OK &&
+        (status = fqla__cuda_tensor_map(run, function, &p.v, run->v, d->heads_v, &s->v, p.load_rows)) == FQLA_OK)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_PREPARE_BF16, chunks * d->heads_v / p.heads_per_block,
                                    FQLA__PREPARE_THREADS, &p, stream);
     if (status == FQLA_OK)

@@ -41,22 +41,22 @@ enum {
     FQLA__FORWARD_THREADS = 384, /* two warpgroups that own 64 state columns each, one that makes P */
     FQLA__FORWARD_SHARED_BYTES = 198656, /* dynamic shared memory: ForwardShared in ptx/forward_shared.h */
     FQLA__CHUNK_ROWS = 64,       /* rows of a chunk */
-    FQLA__LOAD_COLUMNS = 64,     /* columns of the boxes of q, k, v: 128 bytes, CU_TENSOR_MAP_SWIZZLE_128B */
-    FQLA__STORE_COLUMNS = 16     /* columns of the box of o: a warp's 32 bytes, CU_TENSOR_MAP_SWIZZLE_32B */
+    FQLA__LOAD_COLUMNS = 64      /* columns of the boxes of q, k, v: 128 bytes, CU_TENSOR_MAP_SWIZZLE_128B */
 };
 
-/* Kernel forward_bf16 or forward_fp16 (by plan dtype), grid (heads_v * max_seqs), sequence by sequence, block
-   FQLA__FORWARD_THREADS; by value.
+/* The parameters of a forward's two kernels, by value; each comes as _bf16 and _fp16, by plan dtype:
+   prepare   grid chunks * heads_v / heads_per_block, chunk by chunk; FQLA__PREPARE_THREADS
+   forward   grid heads_v * max_seqs, sequence by sequence; FQLA__FORWARD_THREADS
    The tensor maps have three dimensions, innermost first: 128 elements, the heads (stride head), the rows (stride token).
-   Boxes: q, k, v 64 x 1 x load_rows; o 16 x 1 x 64. Rows: max_tokens, or max_seqs for a decode, which loads no row but its own. */
+   Boxes: 64 x 1 x load_rows. Rows: max_tokens, or max_seqs for a decode, which loads no row but its own. */
 typedef struct fqla__forward_params {
-    fqla__tensor_map q, k, v, o;
+    fqla__tensor_map q, k, v;
     const void *g, *beta;
     const float *A_log, *dt_bias;
     const void *h0;
     void *ht;
     const void *q_rows; /* q again, for the l2norm's sums */
-    void *o_rows;     /* o again: a tail chunk's rows are stored one by one */
+    void *o;
     void *snapshots;
     const int32_t *state_in, *state_out;
     uint32_t *bad_index_count;
@@ -76,7 +76,7 @@ typedef struct fqla__forward_params {
     int32_t padding[5];      /* up to a multiple of a map's alignment */
 } fqla__forward_params;
 
-/* 4 maps of 128 bytes, 14 pointers, 8 strides, 15 words and the padding: the same on both sides */
+/* 3 maps of 128 bytes, 14 pointers, 8 strides, 15 words and the padding: the same on both sides */
 #ifdef __CUDACC__
 /* The copy engine wants its maps at 64 bytes. */
 typedef struct __align__(64) fqla__aligned_params {
@@ -84,6 +84,6 @@ typedef struct __align__(64) fqla__aligned_params {
 } fqla__aligned_params;
 #endif
 
-typedef char fqla__forward_params_is_768_bytes[sizeof(fqla__forward_params) == 768 ? 1 : -1];
+typedef char fqla__forward_params_is_640_bytes[sizeof(fqla__forward_params) == 640 ? 1 : -1];
 
 #endif

@@ -232,7 +232,14 @@ FLASHQLA_API fqla_status fqla_plan_create(fqla_context *context, const fqla_plan
         goto fail;
     }
     if (made->workspace_size > 0 && !resolved.external_workspace) {
-        status = fqla_alloc(context, made->workspace_size, &made->workspace);
+        if (cuda) {
+            status = fqla__cuda_alloc(context, made->workspace_size, &made->workspace);
+        } else {
+            made->workspace = fqla__host_alloc(log, made->workspace_size);
+            if (made->workspace == NULL)
+                status = fqla__fail(log, FQLA_ERROR_OUT_OF_MEMORY, "fqla_plan_create: no memory for a workspace of %.0f bytes",
+                                    (double)made->workspace_size);
+        }
         if (status != FQLA_OK) goto fail;
     }
     *plan = made;
@@ -246,8 +253,8 @@ FLASHQLA_API void fqla_plan_destroy(fqla_plan *plan) {
     fqla_context *context;
     if (plan == NULL) return;
     context = plan->context;
-    if (plan->workspace != NULL) fqla_free(context, plan->workspace);
     if (context->desc.backend == FQLA_BACKEND_CUDA) fqla__cuda_plan_destroy(plan);
+    else fqla__host_free(&context->desc, plan->workspace);
     fqla__host_free(&context->desc, plan->cu_checkpoints);
     fqla__host_free(&context->desc, plan->cu_seqlens);
     fqla__host_free(&context->desc, plan);
