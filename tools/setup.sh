@@ -49,6 +49,7 @@ need_for_test() {
     need clang has_cxx clang++
     need tcc has_program tcc
     need gcc-mingw-w64-x86-64 has_mingw
+    need 'wine wine64' has_program wine
 }
 
 # Packages of the sanitizers' and the fuzzer's runtimes carry clang's version in their names.
