@@ -29,6 +29,11 @@
 #define FLASHQLA__X86 0
 #endif
 
+/* NVIDIA's driver is a library of 64 bits. */
+#if UINTPTR_MAX <= 0xffffffffu && !defined(FLASHQLA_NO_CUDA)
+#define FLASHQLA_NO_CUDA
+#endif
+
 #if !defined(FLASHQLA_MALLOC) && !defined(FLASHQLA_FREE)
 #define FLASHQLA_MALLOC(bytes) malloc(bytes)
 #define FLASHQLA_FREE(pointer) free(pointer)
