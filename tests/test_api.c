@@ -14,6 +14,7 @@ TEST status_texts(void) {
     }
     ASSERT_STR_EQ("FQLA_OK", fqla_status_name(FQLA_OK));
     ASSERT_STR_EQ("success", fqla_status_string(FQLA_OK));
+    ASSERT(fqla_status_name(FQLA_STATUS_COUNT)[0] != '\0' && fqla_status_string(FQLA_STATUS_COUNT)[0] != '\0');
     ASSERT(fqla_status_name((fqla_status)999)[0] != '\0' && fqla_status_string((fqla_status)-1)[0] != '\0');
     PASS();
 }

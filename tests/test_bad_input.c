@@ -239,6 +239,7 @@ TEST plan_strides(void) {
 TEST plan_too_large(void) {
     REFUSED_PLAN(FQLA_ERROR_TOO_LARGE, "padded_len", "1000000000", d.padded_len = 1000000000);
     REFUSED_PLAN(FQLA_ERROR_TOO_LARGE, "padded_len", "2147483647", d.padded_len = INT32_MAX; d.max_seqs = 1 << 20);
+    REFUSED_PLAN(FQLA_ERROR_TOO_LARGE, "pool_size", "2147483647", d.heads_v = 65536; d.pool_size = d.max_tokens = INT32_MAX);
     PASS();
 }
 
