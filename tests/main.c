@@ -13,6 +13,7 @@ SUITE_EXTERN(numbers);
 SUITE_EXTERN(random_cases);
 SUITE_EXTERN(bits);
 SUITE_EXTERN(threads);
+SUITE_EXTERN(far);
 
 /* What the arithmetic of a backend, or of one of the CPU's levels, must get right. */
 static void run_arithmetic(void) {
@@ -77,6 +78,7 @@ int main(int argc, char **argv) {
     RUN_SUITE(bad_input);
     RUN_SUITE(failures);
     RUN_SUITE(bits);
+    RUN_SUITE(far);
     if (!test_on_cuda()) RUN_SUITE(threads);
     if (test_on_cuda() || level != NULL) run_arithmetic();
     else run_arithmetic_at_every_level();

@@ -1,7 +1,34 @@
-/* A unit with a private copy, beside the program's public one. */
+/* A program with a private copy of its own (FLASHQLA_STATIC, FLASHQLA_MALLOC) beside the public one of another unit. */
+#include <stdio.h>
+#include <stdlib.h>
+
+static int blocks, allocations;
+
+static void *counted_malloc(size_t bytes) {
+    blocks++;
+    allocations++;
+    return malloc(bytes);
+}
+
+static void counted_free(void *pointer) {
+    blocks--;
+    free(pointer);
+}
+
+#define FLASHQLA_MALLOC(bytes) counted_malloc(bytes)
+#define FLASHQLA_FREE(pointer) counted_free(pointer)
 #define FLASHQLA_STATIC
 #define FLASHQLA_IMPLEMENTATION
 #include "flashqla.h"
 
-const char *private_copy_status(fqla_status status);
-const char *private_copy_status(fqla_status status) { return fqla_status_name(status); }
+int main(void) {
+    fqla_context_desc desc;
+    fqla_context *context = NULL;
+    void *memory = NULL;
+    memset(&desc, 0, sizeof desc);
+    desc.backend = FQLA_BACKEND_CPU;
+    if (fqla_context_create(&desc, &context) != FQLA_OK || fqla_alloc(context, 100, &memory) != FQLA_OK) return 1;
+    if (fqla_free(context, memory) != FQLA_OK || fqla_context_destroy(context) != FQLA_OK) return 1;
+    printf("%d allocations, %d blocks left\n", allocations, blocks);
+    return allocations >= 2 && blocks == 0 ? 0 : 1;
+}
