@@ -204,10 +204,11 @@ static void place_beside(test_case *c, case_tensor_name name, case_tensor_name f
 
 /* ---- what the desc says */
 
-static fqla_strides strides_for(case_rows kind, int64_t rows, int64_t heads, int64_t dim) {
+/* gap: no two tensors have the same, so that one's strides used for another show. */
+static fqla_strides strides_for(case_rows kind, int64_t rows, int64_t heads, int64_t dim, int64_t gap) {
     switch (kind) {
-    case ROWS_HEAD_MAJOR: return (fqla_strides){ dim, rows * dim + 8 };
-    case ROWS_GAPPED: return (fqla_strides){ heads * (dim + 8) + 16, dim + 8 };
+    case ROWS_HEAD_MAJOR: return (fqla_strides){ dim, rows * dim + gap };
+    case ROWS_GAPPED: return (fqla_strides){ heads * (dim + gap) + 16, dim + gap };
     default: return (fqla_strides){ heads * dim, dim };
     }
 }
@@ -229,9 +230,12 @@ static void choose_strides(test_case *c) {
     const int64_t qk = (int64_t)d->heads_qk * c->dim_k, v = (int64_t)d->heads_v * c->dim_v;
     const int64_t rows = c->rows > plan_rows(c) ? c->rows : plan_rows(c); /* a decode's, a forward's: the plan serves both */
     if (c->spec.rows == ROWS_DENSE) return; /* zeros: the library's defaults */
-    s->q = s->k = strides_for(c->spec.rows, rows, d->heads_qk, c->dim_k);
-    s->v = s->o = strides_for(c->spec.rows, rows, d->heads_v, c->dim_v);
-    s->g = s->beta = strides_for(c->spec.rows, rows, d->heads_v, 1);
+    s->q = strides_for(c->spec.rows, rows, d->heads_qk, c->dim_k, 8);
+    s->k = strides_for(c->spec.rows, rows, d->heads_qk, c->dim_k, 16);
+    s->v = strides_for(c->spec.rows, rows, d->heads_v, c->dim_v, 24);
+    s->o = strides_for(c->spec.rows, rows, d->heads_v, c->dim_v, 32);
+    s->g = strides_for(c->spec.rows, rows, d->heads_v, 1, 1);
+    s->beta = strides_for(c->spec.rows, rows, d->heads_v, 1, 2);
     if (c->spec.rows == ROWS_FUSED) {
         s->q.token = s->k.token = s->v.token = 2 * qk + v;
         if (fused_gates(d)) s->g.token = s->beta.token = 2 * (int64_t)d->heads_v;

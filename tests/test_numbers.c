@@ -117,8 +117,33 @@ TEST zero_rows(bool backward) {
     PASS();
 }
 
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__TINYC__)
+#include <xmmintrin.h>
+
+/* The caller's floating-point modes are the caller's: as they were after every run. */
+TEST float_modes_are_kept(bool backward) {
+    static test_case c;
+    const unsigned int modes = 0x1f80u; /* a program's at its start: no exceptions, to nearest, subnormals kept */
+    case_spec spec = { .name = "float_modes", .plan = { .heads_v = 2, .backward = backward }, .lens = { 70 }, .gates = GATES_STRONG, .seed = 6 };
+    ASSERT_EQ(FQLA_OK, case_open(&c, test_shared(), &test_shared_host, &spec));
+    _mm_setcsr(modes);
+    ASSERT_EQ(FQLA_OK, case_run(&c));
+    ASSERT_EQ(modes, _mm_getcsr() & 0xffc0u);
+    if (backward) {
+        ASSERT_EQ(FQLA_OK, case_run_backward(&c));
+        ASSERT_EQ(modes, _mm_getcsr() & 0xffc0u);
+    }
+    case_close(&c);
+    PASS();
+}
+#define MODES_ARE_KEPT(backward) RUN_TESTp(float_modes_are_kept, backward)
+#else
+#define MODES_ARE_KEPT(backward)
+#endif
+
 SUITE(numbers) {
     const bool backward = !test_on_cuda();
+    MODES_ARE_KEPT(backward);
     RUN_TESTp(rounding, FQLA_DTYPE_FP16, 1.0f);
     RUN_TESTp(rounding, FQLA_DTYPE_FP16, 1.0f / 3.0f);
     RUN_TESTp(rounding, FQLA_DTYPE_FP16, 1.0f / 4096.0f); /* many subnormals, and ties */
