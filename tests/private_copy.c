@@ -2,16 +2,16 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-static int blocks, allocations;
+static int counted_blocks, allocations;
 
 static void *counted_malloc(size_t bytes) {
-    blocks++;
+    counted_blocks++;
     allocations++;
     return malloc(bytes);
 }
 
 static void counted_free(void *pointer) {
-    blocks--;
+    counted_blocks--;
     free(pointer);
 }
 
@@ -29,6 +29,6 @@ int main(void) {
     desc.backend = FQLA_BACKEND_CPU;
     if (fqla_context_create(&desc, &context) != FQLA_OK || fqla_alloc(context, 100, &memory) != FQLA_OK) return 1;
     if (fqla_free(context, memory) != FQLA_OK || fqla_context_destroy(context) != FQLA_OK) return 1;
-    printf("%d allocations, %d blocks left\n", allocations, blocks);
-    return allocations >= 2 && blocks == 0 ? 0 : 1;
+    printf("%d allocations, %d blocks left\n", allocations, counted_blocks);
+    return allocations >= 2 && counted_blocks == 0 ? 0 : 1;
 }

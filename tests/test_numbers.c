@@ -122,10 +122,12 @@ TEST zero_rows(bool backward) {
 
 /* The caller's floating-point modes are the caller's: as they were after every run. */
 TEST float_modes_are_kept(bool backward) {
+    static test_host host;
     static test_case c;
+    fqla_context *context = test_open(&host, 1); /* all work is the caller's */
     const unsigned int modes = 0x1f80u; /* a program's at its start: no exceptions, to nearest, subnormals kept */
     case_spec spec = { .name = "float_modes", .plan = { .heads_v = 2, .backward = backward }, .lens = { 70 }, .gates = GATES_STRONG, .seed = 6 };
-    ASSERT_EQ(FQLA_OK, case_open(&c, test_shared(), &test_shared_host, &spec));
+    ASSERT_EQ(FQLA_OK, case_open(&c, context, &host, &spec));
     _mm_setcsr(modes);
     ASSERT_EQ(FQLA_OK, case_run(&c));
     ASSERT_EQ(modes, _mm_getcsr() & 0xffc0u);
@@ -134,6 +136,7 @@ TEST float_modes_are_kept(bool backward) {
         ASSERT_EQ(modes, _mm_getcsr() & 0xffc0u);
     }
     case_close(&c);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     PASS();
 }
 #define MODES_ARE_KEPT(backward) RUN_TESTp(float_modes_are_kept, backward)
