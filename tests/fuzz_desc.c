@@ -1,5 +1,5 @@
-/* A fuzzer (clang's libFuzzer) on descs and args: any bytes become a context, a plan, updates and runs over real buffers of exactly the
-   documented sizes. Whatever is refused is refused without a trace; whatever is taken runs within its buffers. */
+/* A fuzzer (clang's libFuzzer) on descs and args: any bytes become a context, a plan, updates and runs over real buffers of exactly
+   the documented sizes. Whatever is refused is refused without a trace; whatever is taken runs within its buffers. */
 #include "flashqla.h"
 #include <stdlib.h>
 #include <string.h>
@@ -67,8 +67,8 @@ typedef struct pile {
     int count;
 } pile;
 
-/* A buffer of exactly that size, so that the address sanitizer sees a byte too many; or one that another tensor has; or a pointer that
-   must be refused. */
+/* A buffer of exactly that size, so that the address sanitizer sees a byte too many; or one that another tensor has; or a pointer
+   that must be refused. */
 static void *buffer(input *in, pile *p, size_t size, int required) {
     const uint8_t how = byte(in);
     if (how >= 250) return NULL;
@@ -88,7 +88,8 @@ static void run_plan(input *in, fqla_plan *plan, const fqla_plan_desc *d, int32_
     pile blocks;
     int i;
     const int which = byte(in) % 3;
-    const int32_t dim_k = d->dim_k ? d->dim_k : 128, dim_v = d->dim_v ? d->dim_v : 128, max_seqs = d->max_seqs ? d->max_seqs : d->num_seqs;
+    const int32_t dim_k = d->dim_k ? d->dim_k : 128, dim_v = d->dim_v ? d->dim_v : 128;
+    const int32_t max_seqs = d->max_seqs ? d->max_seqs : d->num_seqs;
     const size_t element = element_size(d->dtype), state_element = d->state_dtype == FQLA_DTYPE_BF16 ? 2 : 4;
     const size_t g_element = d->gate == FQLA_GATE_RAW ? element : 4, beta_element = d->beta == FQLA_BETA_SIGMOID ? element : 4;
     const size_t state = (size_t)dim_k * (size_t)dim_v * (size_t)d->heads_v * state_element;
@@ -125,8 +126,9 @@ static void run_plan(input *in, fqla_plan *plan, const fqla_plan_desc *d, int32_
     } else {
         fqla_forward_args a;
         int32_t indices[2 * MOST_SEQS];
+        const int32_t slots = d->pool_size > 0 && d->pool_size < 240 ? d->pool_size : 8;
         memset(&a, 0, sizeof a);
-        for (i = 0; i < 2 * MOST_SEQS; i++) indices[i] = plus_number(in, -(i % 5 == 0), d->pool_size > 0 && d->pool_size < 240 ? d->pool_size : 8);
+        for (i = 0; i < 2 * MOST_SEQS; i++) indices[i] = plus_number(in, -(i % 5 == 0), slots);
         a.q = buffer(in, &blocks, q, 1), a.k = buffer(in, &blocks, q, 1), a.v = buffer(in, &blocks, v, 1);
         a.g = buffer(in, &blocks, g, 1), a.beta = buffer(in, &blocks, beta, 1);
         a.A_log = (const float *)buffer(in, &blocks, heads, 1), a.dt_bias = (const float *)buffer(in, &blocks, heads, 1);

@@ -1,4 +1,5 @@
-/* A fuzzer (clang's libFuzzer) on safetensors files: any bytes are read or refused with a word; what is read can be walked in full. */
+/* A fuzzer (clang's libFuzzer) on safetensors files: any bytes are read or refused with a word; what is read can be
+   walked in full. */
 #include "../tools/safetensors.h"
 #include <stdlib.h>
 #include <string.h>

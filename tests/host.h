@@ -28,8 +28,8 @@ extern test_host test_shared_host;
 fqla_context *test_shared(void);
 const char *test_shared_close(void); /* NULL, or what still lives */
 
-/* Did a call that returned `status` fail as expected: this status, a new sentence that names `field` and shows `value` (either may be
-   NULL)? NULL, or what is wrong. Clears the host's count of errors. */
+/* Did a call that returned `status` fail as expected: this status, a new sentence that names `field` and shows `value` (either may
+   be NULL)? NULL, or what is wrong. Clears the host's count of errors. */
 const char *test_refusal(test_host *host, fqla_status expected, fqla_status status, const char *field, const char *value);
 
 /* In a test: a check that says nothing (NULL), or what is wrong. */

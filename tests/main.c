@@ -1,4 +1,5 @@
-/* All suites in one program, on one backend: build/tests/suite [--backend cpu|cuda] [--cpu-level plain|avx2|avx512] [greatest's options] */
+/* All suites in one program, on one backend: build/tests/suite [--backend cpu|cuda] [--cpu-level plain|avx2|avx512]
+   [greatest's options] */
 #include "case.h"
 #include "greatest.h"
 
@@ -68,7 +69,8 @@ static int choose(const char *option, const char *value, const char *const *list
 }
 
 int main(int argc, char **argv) {
-    static const char *const backends[] = { "auto", "cpu", "cuda", NULL }, *const levels[] = { "auto", "plain", "avx2", "avx512", NULL };
+    static const char *const backends[] = { "auto", "cpu", "cuda", NULL },
+        *const levels[] = { "auto", "plain", "avx2", "avx512", NULL };
     const char *backend = take_option(&argc, argv, "--backend"), *level = take_option(&argc, argv, "--cpu-level");
     if (backend != NULL) test_backend = (fqla_backend)choose("--backend", backend, backends);
     if (level != NULL) test_cpu_level = (fqla_cpu_level)choose("--cpu-level", level, levels);

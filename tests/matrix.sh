@@ -1,7 +1,7 @@
 #!/bin/sh
-# matrix.sh DIR COMPILER FLAGS...: the header with one compiler: with the implementation in a unit of its own, FLASHQLA_STATIC in one
-# unit, and FLASHQLA_NO_CUDA, unoptimised and at -O2, warnings as errors. Each program is run; of Windows' only where wine is there.
-# Ends with the line of a test runner.
+# matrix.sh DIR COMPILER FLAGS...: the header with one compiler: with the implementation in a unit of its own, FLASHQLA_STATIC in
+# one unit, and FLASHQLA_NO_CUDA, unoptimised and at -O2, warnings as errors. Each program is run; of Windows' only where wine is
+# there. Ends with the line of a test runner.
 set -u
 dir=$1
 shift

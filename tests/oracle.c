@@ -97,10 +97,11 @@ void oracle_forward(const oracle *p) {
     for (h = 0; h < p->heads_v; h++) forward_head(p, h);
 }
 
-/* D is the gradient of the state, walked back from dht to dh0. At token t, with P = alpha S_{t-1}, S_t = P + beta k e^T, e = v - P^T k:
+/* D is the gradient of the state, walked back from dht to dh0. At token t, with P = alpha S_{t-1}, S_t = P + beta k e^T and
+   e = v - P^T k:
        D += scale q do^T       dq = scale S_t do
        De = D e, Dk = D^T k:   dbeta = k . De       dv = de = beta Dk       dk = beta De - P de
-       dP = D - k de^T         dalpha = <dP, S_{t-1}>                        D' = alpha dP                                           */
+       dP = D - k de^T         dalpha = <dP, S_{t-1}>                        D' = alpha dP */
 static void backward_head(const oracle *p, int h) {
     const size_t state = (size_t)p->dim_k * (size_t)p->dim_v, dim_k = (size_t)p->dim_k, dim_v = (size_t)p->dim_v;
     double *states = allocate(((size_t)p->len + 1) * state), *D = allocate(state);

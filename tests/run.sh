@@ -1,7 +1,7 @@
 #!/bin/sh
-# run.sh LOG COMMAND...: run a test program, its output into LOG, which ends with a line `N passed, N failed, N skipped`, the program's
-# own or one that counts it as one. Where it fails there is LOG.failed instead, shown at once, so that the next `ninja test` runs it again;
-# the other tests go on, and sum.sh fails at the end.
+# run.sh LOG COMMAND...: run a test program, its output into LOG, which ends with a line `N passed, N failed, N skipped`, the
+# program's own or one that counts it as one. Where it fails there is LOG.failed instead, shown at once, so that the next `ninja
+# test` runs it again; the other tests go on, and sum.sh fails at the end.
 set -u
 log=$1
 shift

@@ -11,7 +11,8 @@ enum { HQK = 2, HV = 4, DK = 16, DV = 24, TOKENS = 100, FIRST = 70, STATE = HV *
 
 static float q[TOKENS * HQK * DK], k[TOKENS * HQK * DK], v[TOKENS * HV * DV], g[TOKENS * HV], beta[TOKENS * HV], h0[2 * STATE];
 static float o[TOKENS * HV * DV], ht[2 * STATE], grad_o[TOKENS * HV * DV], dht[2 * STATE];
-static float dq[TOKENS * HQK * DK], dk[TOKENS * HQK * DK], dv[TOKENS * HV * DV], dg[TOKENS * HV], dbeta[TOKENS * HV], dh0[2 * STATE];
+static float dq[TOKENS * HQK * DK], dk[TOKENS * HQK * DK], dv[TOKENS * HV * DV], dg[TOKENS * HV], dbeta[TOKENS * HV],
+    dh0[2 * STATE];
 
 static void require(int true_, const char *what) {
     if (true_) return;
@@ -87,11 +88,13 @@ static void run(int32_t num_threads) {
     require(fqla_plan_create(context, &plan_desc, &plan) == FQLA_OK, "no plan");
     require(fqla_plan_info(plan, &summary) == FQLA_OK, "no summary");
     memset(&forward, 0, sizeof forward);
-    forward.q = q, forward.k = k, forward.v = v, forward.g = g, forward.beta = beta, forward.h0 = h0, forward.o = o, forward.ht = ht;
+    forward.q = q, forward.k = k, forward.v = v, forward.g = g, forward.beta = beta, forward.h0 = h0, forward.o = o,
+        forward.ht = ht;
     require(fqla_forward(plan, &forward, NULL) == FQLA_OK, "the forward failed");
     for (n = 0; n < 2; n++)
         for (h = 0; h < HV; h++)
-            require(head_error(h, cu_seqlens[n], cu_seqlens[n + 1], h0 + n * STATE, ht + n * STATE) < 1.0e-5, "the forward is wrong");
+            require(head_error(h, cu_seqlens[n], cu_seqlens[n + 1], h0 + n * STATE, ht + n * STATE) < 1.0e-5,
+                    "the forward is wrong");
     memset(&backward, 0, sizeof backward);
     backward.q = q, backward.k = k, backward.v = v, backward.g = g, backward.beta = beta, backward.h0 = h0;
     backward.do_ = grad_o, backward.dht = dht;

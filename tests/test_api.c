@@ -105,7 +105,8 @@ TEST memory(void) {
 
 TEST plan_info(void) {
     static const int32_t cu[5] = { 0, 64, 64, 265, 266 }, other[3] = { 0, 128, 129 };
-    fqla_plan_desc desc = { .heads_qk = 2, .heads_v = 4, .num_seqs = 4, .cu_seqlens = cu, .checkpoint_every = 1, .max_tokens = 300 };
+    fqla_plan_desc desc = { .heads_qk = 2, .heads_v = 4, .num_seqs = 4, .cu_seqlens = cu, .checkpoint_every = 1,
+                            .max_tokens = 300 };
     fqla_plan *plan = NULL;
     fqla_plan_summary summary;
     size_t bytes = 1, residuals = 1, after;
@@ -172,7 +173,8 @@ TEST desc_is_copied(void) {
 
 /* After an update: right, and with the bits of a fresh plan of the same maxima. */
 TEST update(const case_spec *spec) {
-    static const struct { int32_t num_seqs, lens[12]; } steps[] = { { 1, { 1 } }, { 4, { 0, 65, 3, 64 } }, { 2, { 0, 0 } }, { 3, { 64, 64, 64 } },
+    static const struct { int32_t num_seqs, lens[12]; } steps[] = { { 1, { 1 } }, { 4, { 0, 65, 3, 64 } }, { 2, { 0, 0 } },
+                                                                    { 3, { 64, 64, 64 } },
                                                                     { 1, { 200 } }, { 4, { 50, 50, 50, 50 } } };
     static test_case c, fresh;
     size_t i;
@@ -208,10 +210,10 @@ static const case_spec updates[] = {
       .lens = { 20, 7 }, .seed = 3 },
     { .name = "pool", .plan = { .heads_v = 2, .num_seqs = 2, .max_seqs = 4, .max_tokens = 200, .pool_size = 9 }, .lens = { 20, 7 },
       .in_place = true, .seed = 4 },
-    { .name = "decode", .plan = { .heads_v = 2, .num_seqs = 2, .max_seqs = 4, .max_tokens = 200 }, .lens = { 20, 7 }, .decode_tokens = 1,
-      .seed = 5 },
-    { .name = "mixed_gates", .plan = { .heads_v = 4, .num_seqs = 4, .max_seqs = 4, .max_tokens = 200 }, .lens = { 50 }, .gates = GATES_MIXED,
-      .seed = 6 },
+    { .name = "decode", .plan = { .heads_v = 2, .num_seqs = 2, .max_seqs = 4, .max_tokens = 200 }, .lens = { 20, 7 },
+      .decode_tokens = 1, .seed = 5 },
+    { .name = "mixed_gates", .plan = { .heads_v = 4, .num_seqs = 4, .max_seqs = 4, .max_tokens = 200 }, .lens = { 50 },
+      .gates = GATES_MIXED, .seed = 6 },
 };
 
 SUITE(api) {

@@ -1,5 +1,5 @@
-/* Bad input: every field of every desc and args gets values it must refuse. Each refusal is the right status and one sentence that names
-   the field and its value; nothing is written, nothing leaks, and the context and plan work afterwards. */
+/* Bad input: every field of every desc and args gets values it must refuse. Each refusal is the right status and one sentence that
+   names the field and its value; nothing is written, nothing leaks, and the context and plan work afterwards. */
 #include "case.h"
 #include "greatest.h"
 #include <math.h>
@@ -7,7 +7,8 @@
 
 /* ---- contexts */
 
-static const char *refused_context(fqla_context_desc desc, test_host *host, fqla_status expected, const char *field, const char *value) {
+static const char *refused_context(fqla_context_desc desc, test_host *host, fqla_status expected, const char *field,
+                                   const char *value) {
     fqla_context *context = NULL;
     const char *message = test_refusal(host, expected, fqla_context_create(&desc, &context), field, value);
     if (message == NULL && context != NULL) message = "a context was set";
@@ -393,7 +394,8 @@ static const char *refused_run(test_case *c, operation op, const any_args *args,
         message = case_untouched(c);
     }
     if (message == NULL) return NULL;
-    snprintf(text, sizeof text, "%s, about %s: %s", op == FORWARD ? "forward" : op == DECODE ? "decode" : "backward", field, message);
+    snprintf(text, sizeof text, "%s, about %s: %s", op == FORWARD ? "forward" : op == DECODE ? "decode" : "backward", field,
+             message);
     return text;
 }
 
@@ -421,7 +423,8 @@ TEST arguments_of(operation op) {
     atomic_store(&test_shared_host.errors, 0);
     {
         const fqla_status no_plan = op == FORWARD ? fqla_forward(NULL, &zero.forward, NULL)
-                                    : op == DECODE ? fqla_decode(NULL, &zero.decode, NULL) : fqla_backward(NULL, &zero.backward, NULL);
+                                    : op == DECODE ? fqla_decode(NULL, &zero.decode, NULL)
+                                        : fqla_backward(NULL, &zero.backward, NULL);
         const fqla_status no_args = op == FORWARD ? fqla_forward(c.plan, NULL, NULL)
                                     : op == DECODE ? fqla_decode(c.plan, NULL, NULL) : fqla_backward(c.plan, NULL, NULL);
         ASSERT_EQ(FQLA_ERROR_NULL_POINTER, no_plan);
@@ -431,7 +434,8 @@ TEST arguments_of(operation op) {
         const argument *a = &arguments[i];
         any_args args = good_args(&c, op);
         char *good = get_pointer(&args, a);
-        const int alignment = test_on_cuda() ? a->cuda_alignment : a->tensor == T_WORKSPACE ? 256 : c.t[a->tensor].dtype == FQLA_DTYPE_FP32 ? 4 : 2;
+        const int alignment = test_on_cuda() ? a->cuda_alignment : a->tensor == T_WORKSPACE ? 256
+            : c.t[a->tensor].dtype == FQLA_DTYPE_FP32 ? 4 : 2;
         if (good == NULL) continue; /* a backend without workspace, or without snapshots */
         if (a->required) {
             set_pointer(&args, a, NULL);

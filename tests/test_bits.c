@@ -5,13 +5,17 @@
 
 static const case_spec specs[] = {
     { .name = "packed", .plan = { .heads_qk = 2, .heads_v = 4, .num_seqs = 5 }, .lens = { 65, 3, 64, 1, 130 }, .seed = 1 },
-    { .name = "tails", .plan = { .heads_v = 2, .num_seqs = 7 }, .lens = { 1, 15, 17, 63, 66, 2, 16 }, .rows = ROWS_FUSED, .seed = 2 },
-    { .name = "padded", .plan = { .heads_v = 2, .num_seqs = 3, .padded_len = 66, .checkpoint_every = 1 }, .lens = { 64, 66, 5 }, .seed = 3 },
+    { .name = "tails", .plan = { .heads_v = 2, .num_seqs = 7 }, .lens = { 1, 15, 17, 63, 66, 2, 16 }, .rows = ROWS_FUSED,
+      .seed = 2 },
+    { .name = "padded", .plan = { .heads_v = 2, .num_seqs = 3, .padded_len = 66, .checkpoint_every = 1 }, .lens = { 64, 66, 5 },
+      .seed = 3 },
     { .name = "raw_l2norm", .plan = { .heads_v = 2, .num_seqs = 4, .l2norm = 1, .gate = FQLA_GATE_RAW, .beta = FQLA_BETA_SIGMOID },
       .lens = { 70, 3, 64, 9 }, .rows = ROWS_HEAD_MAJOR, .seed = 4 },
-    { .name = "strong_gates_vk", .plan = { .heads_v = 2, .num_seqs = 3, .state_layout = FQLA_STATE_VK, .state_dtype = FQLA_DTYPE_BF16 },
+    { .name = "strong_gates_vk", .plan = { .heads_v = 2, .num_seqs = 3, .state_layout = FQLA_STATE_VK,
+                                           .state_dtype = FQLA_DTYPE_BF16 },
       .lens = { 70, 3, 64 }, .gates = GATES_STRONG, .seed = 5 },
-    { .name = "pool", .plan = { .heads_v = 2, .num_seqs = 6, .pool_size = 14 }, .lens = { 65, 3, 64, 1, 20, 31 }, .in_place = true, .seed = 6 },
+    { .name = "pool", .plan = { .heads_v = 2, .num_seqs = 6, .pool_size = 14 }, .lens = { 65, 3, 64, 1, 20, 31 }, .in_place = true,
+      .seed = 6 },
     { .name = "decode", .plan = { .heads_qk = 2, .heads_v = 4, .num_seqs = 7 }, .decode_tokens = 1, .in_place = true, .seed = 7 },
     { .name = "backward", .plan = { .heads_qk = 2, .heads_v = 4, .num_seqs = 4, .backward = 1, .l2norm = 1 },
       .lens = { 65, 3, 64, 20 }, .seed = 8 },
@@ -54,7 +58,8 @@ static void mark_sequence(const test_case *c, int32_t n, case_tensor_name name, 
     const case_tensor *t = &c->t[name];
     const size_t size = t->dtype == FQLA_DTYPE_FP32 ? 4 : 2;
     const bool state = name == T_HT || name == T_DH0, entry = name == T_SNAPSHOTS;
-    int64_t row = state ? (c->desc.pool_size > 0 ? c->slot_out[n] : n) : case_row(c, n), rows = state ? row >= 0 : case_len(c, n), r, h;
+    int64_t row = state ? (c->desc.pool_size > 0 ? c->slot_out[n] : n) : case_row(c, n);
+    int64_t rows = state ? row >= 0 : case_len(c, n), r, h;
     if (entry) { /* packed by sequence, an entry a chunk */
         int32_t m;
         for (row = 0, m = 0; m < n; m++) row += case_len(c, m) / FLASHQLA_CHUNK;
@@ -99,7 +104,8 @@ TEST neighbours(const case_spec *spec, bool backward, double value) {
                 theirs = (unsigned char *)calloc(a->size, 1);
                 mark_sequence(&dirty, n, (case_tensor_name)name, theirs);
                 if (a == clean.t[T_H0].buffer) /* one pool: the inputs differ where they were set */
-                    for (at = 0; at < a->size; at++) theirs[at] |= clean.t[T_H0].buffer->before[at] != dirty.t[T_H0].buffer->before[at];
+                    for (at = 0; at < a->size; at++)
+                        theirs[at] |= clean.t[T_H0].buffer->before[at] != dirty.t[T_H0].buffer->before[at];
                 for (at = 0; at < a->size && (theirs[at] || a->after[at] == b->after[at]); at++) continue;
                 ASSERTm("a bit of another sequence changed", at == a->size);
                 free(theirs);

@@ -20,7 +20,8 @@ static fqla_status everything(const fqla_context_desc *desc, const char **wrong)
     fqla_context *context = NULL;
     fqla_plan *plan = NULL, *owner = NULL;
     void *memory = NULL;
-    fqla_plan_desc plan_desc = { .heads_qk = 1, .heads_v = 2, .num_seqs = 3, .cu_seqlens = cu, .pool_size = 7, .checkpoint_every = 1 };
+    fqla_plan_desc plan_desc = { .heads_qk = 1, .heads_v = 2, .num_seqs = 3, .cu_seqlens = cu, .pool_size = 7,
+                                 .checkpoint_every = 1 };
     fqla_status status = fqla_context_create(desc, &context);
     *wrong = NULL;
     if (status != FQLA_OK) {

@@ -7,7 +7,8 @@ enum { PERIOD = 64 }; /* sequences, or heads, that differ */
 /* Memory of the context with bytes of the host's in it. */
 static void *device_copy(const void *host, size_t bytes) {
     void *memory = NULL;
-    if (fqla_alloc(test_shared(), bytes, &memory) != FQLA_OK || fqla_upload(test_shared(), memory, host, bytes, NULL) != FQLA_OK) abort();
+    if (fqla_alloc(test_shared(), bytes, &memory) != FQLA_OK) abort();
+    if (fqla_upload(test_shared(), memory, host, bytes, NULL) != FQLA_OK) abort();
     return memory;
 }
 
@@ -56,7 +57,8 @@ TEST far_slots(void) {
     enum { NEAR = 5, FAR = 70000 };
     const size_t slot_bytes = 2 * 128 * 128 * sizeof(float);
     static const int32_t near_in[3] = { 0, -1, 3 }, near_out[3] = { 0, 2, 4 };
-    static const int32_t far_in[3] = { FAR - NEAR, -1, FAR - NEAR + 3 }, far_out[3] = { FAR - NEAR, FAR - NEAR + 2, FAR - NEAR + 4 };
+    static const int32_t far_in[3] = { FAR - NEAR, -1, FAR - NEAR + 3 },
+        far_out[3] = { FAR - NEAR, FAR - NEAR + 2, FAR - NEAR + 4 };
     static test_case c;
     const case_spec spec = { .name = "far_slots", .plan = { .heads_v = 2, .num_seqs = 3, .pool_size = NEAR }, .lens = { 70, 3, 64 },
                              .in_place = true, .seed = 1 };
@@ -80,7 +82,8 @@ TEST far_slots(void) {
     ASSERT_EQ(FQLA_OK, fqla_workspace_size(plan, &workspace_size));
     ASSERT_EQ(FQLA_OK, fqla_alloc(test_shared(), FAR * slot_bytes, &pool));
     ASSERT_EQ(FQLA_OK, fqla_alloc(test_shared(), workspace_size + 1, &workspace));
-    ASSERT_EQ(FQLA_OK, fqla_upload(test_shared(), (char *)pool + (FAR - NEAR) * slot_bytes, c.buffers[T_H0].before + c.t[T_H0].offset,
+    ASSERT_EQ(FQLA_OK, fqla_upload(test_shared(), (char *)pool + (FAR - NEAR) * slot_bytes,
+                                   c.buffers[T_H0].before + c.t[T_H0].offset,
                                    NEAR * slot_bytes, NULL));
     case_upload(&c);
     args = case_forward_args(&c);

@@ -19,7 +19,8 @@ TEST rounding(fqla_dtype dtype, float scale) {
         }
         case_set(&c, T_G, t, 0, 0, 0.0);
         case_set(&c, T_BETA, t, 0, 0, 1.0);
-        for (i = 0; i < DIM; i++) { /* every finite pattern; for bf16 those whose float32 products are neither subnormal nor infinite */
+        /* every finite pattern; for bf16 those whose float32 products are neither subnormal nor infinite */
+        for (i = 0; i < DIM; i++) {
             const uint16_t bits = (uint16_t)(t * DIM + i);
             const int exponent = dtype == FQLA_DTYPE_FP16 ? bits >> 10 & 31 : bits >> 7 & 255;
             const bool skip = dtype == FQLA_DTYPE_FP16 ? exponent == 31 : exponent < 4 || exponent > 250;
@@ -98,7 +99,8 @@ TEST raw_extremes(bool backward) {
 /* Rows of zeros under l2norm: no division by zero. beta 0 and 1, exactly. */
 TEST zero_rows(bool backward) {
     static test_case c;
-    case_spec spec = { .name = "zero_rows", .plan = { .heads_v = 2, .l2norm = 1, .backward = backward }, .lens = { 70 }, .seed = 5 };
+    case_spec spec = { .name = "zero_rows", .plan = { .heads_v = 2, .l2norm = 1, .backward = backward }, .lens = { 70 },
+                       .seed = 5 };
     int64_t i, t;
     ASSERT_EQ(FQLA_OK, case_open(&c, test_shared(), &test_shared_host, &spec));
     for (i = 0; i < 128; i++) {
@@ -126,7 +128,8 @@ TEST float_modes_are_kept(bool backward) {
     static test_case c;
     fqla_context *context = test_open(&host, 1); /* all work is the caller's */
     const unsigned int modes = 0x1f80u; /* a program's at its start: no exceptions, to nearest, subnormals kept */
-    case_spec spec = { .name = "float_modes", .plan = { .heads_v = 2, .backward = backward }, .lens = { 70 }, .gates = GATES_STRONG, .seed = 6 };
+    case_spec spec = { .name = "float_modes", .plan = { .heads_v = 2, .backward = backward }, .lens = { 70 }, .gates = GATES_STRONG,
+                       .seed = 6 };
     ASSERT_EQ(FQLA_OK, case_open(&c, context, &host, &spec));
     _mm_setcsr(modes);
     ASSERT_EQ(FQLA_OK, case_run(&c));

@@ -160,10 +160,11 @@ static void tiny_make(tiny *t, fqla_gate gate, fqla_beta beta, int negative, int
         if (gate == FQLA_GATE_LOG) t->g[i] = -fabs(t->g[i]);
         if (beta == FQLA_BETA_PLAIN) t->beta[i] = 1.0 / (1.0 + exp(-t->beta[i]));
     }
-    t->p = (oracle){ .len = LEN, .heads_qk = HQK, .heads_v = HV, .dim_k = DK, .dim_v = DV, .head_map = map, .gate = gate, .beta_form = beta,
+    t->p = (oracle){ .len = LEN, .heads_qk = HQK, .heads_v = HV, .dim_k = DK, .dim_v = DV, .head_map = map, .gate = gate,
+                     .beta_form = beta,
                      .negative_eigenvalues = negative, .l2norm = l2norm, .scale = 0.7, .q = t->q, .k = t->k, .v = t->v, .g = t->g,
-                     .beta = t->beta, .A_log = t->A_log, .dt_bias = t->dt_bias, .h0 = t->h0, .do_ = t->do_, .dht = t->dht, .o = t->o,
-                     .ht = t->ht };
+                     .beta = t->beta, .A_log = t->A_log, .dt_bias = t->dt_bias, .h0 = t->h0, .do_ = t->do_, .dht = t->dht,
+                         .o = t->o, .ht = t->ht };
 }
 
 TEST reverse_is_the_gradient(fqla_gate gate, fqla_beta beta, int negative, int l2norm, fqla_head_map map) {
@@ -209,7 +210,10 @@ TEST head_maps(fqla_head_map map) {
         tiny_make(&one, FQLA_GATE_LOG, FQLA_BETA_PLAIN, 0, 0, map);
         for (at = 0; at < LEN; at++) {
             for (i = 0; i < DV; i++) v[at * DV + i] = t.v[(at * HV + h) * DV + i];
-            for (i = 0; i < DK; i++) q[at * DK + i] = t.q[(at * HQK + from) * DK + i], k[at * DK + i] = t.k[(at * HQK + from) * DK + i];
+            for (i = 0; i < DK; i++) {
+                q[at * DK + i] = t.q[(at * HQK + from) * DK + i];
+                k[at * DK + i] = t.k[(at * HQK + from) * DK + i];
+            }
             g[at] = t.g[at * HV + h], beta[at] = t.beta[at * HV + h];
         }
         one.p.heads_qk = one.p.heads_v = 1;
