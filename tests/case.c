@@ -8,9 +8,9 @@
 enum { GUARD = 256, POISON = 0xff }; /* 0xff bytes are a NaN in every float format, and index -1 */
 enum { MUST = 1, MAY = 2 };          /* case_buffer.written */
 
-static const char *const names[T_COUNT] = { "q",     "k",         "v",  "g",  "beta",      "A_log", "dt_bias", "h0", "do",
-                                            "dht",   "state_in",  "state_out", "o",  "ht", "snapshots", "dq",    "dk",      "dv", "dg",
-                                            "dbeta", "dh0",       "dA_log",    "ddt_bias", "bad_index_count", "workspace" };
+static const char *const names[T_COUNT] = { "q", "k", "v", "g", "beta", "A_log", "dt_bias", "h0", "do", "dht", "state_in",
+                                            "state_out", "o", "ht", "snapshots", "dq", "dk", "dv", "dg", "dbeta", "dh0", "dA_log",
+                                            "ddt_bias", "bad_index_count", "workspace" };
 static const char *const gate_names[GATES_COUNT] = { "mild", "zero", "strong", "mixed", "dead", "cliff" };
 static const char *const rows_names[ROWS_COUNT] = { "dense", "fused", "head-major", "gapped" };
 
@@ -408,7 +408,8 @@ static void mark_outputs(test_case *c) {
         else if (c->slot_out[n] >= 0) mark(c, T_HT, c->slot_out[n], MUST);
         mark(c, T_DH0, n, MUST);
         if (snapshot_every(c) > 0)
-            for (s = 0; s < case_len(c, n) / snapshot_every(c); s++) mark(c, T_SNAPSHOTS, first_snapshot(c, n) + s, padding ? MAY : MUST);
+            for (s = 0; s < case_len(c, n) / snapshot_every(c); s++)
+                mark(c, T_SNAPSHOTS, first_snapshot(c, n) + s, padding ? MAY : MUST);
     }
     mark(c, T_DA_LOG, 0, MUST);
     mark(c, T_DDT_BIAS, 0, MUST);
@@ -562,7 +563,8 @@ fqla_backward_args case_backward_args(const test_case *c) {
 }
 
 fqla_decode_args case_decode_args(const test_case *c) {
-    return (fqla_decode_args){ .num_tokens = c->spec.decode_tokens, .q = address(c, T_Q), .k = address(c, T_K), .v = address(c, T_V),
+    return (fqla_decode_args){ .num_tokens = c->spec.decode_tokens, .q = address(c, T_Q), .k = address(c, T_K),
+                               .v = address(c, T_V),
                                .g = address(c, T_G), .beta = address(c, T_BETA), .A_log = (const float *)address(c, T_A_LOG),
                                .dt_bias = (const float *)address(c, T_DT_BIAS), .h0 = address(c, T_H0), .o = address(c, T_O),
                                .ht = address(c, T_HT), .state_in = (const int32_t *)address(c, T_STATE_IN),
@@ -669,7 +671,8 @@ static void expect_sequence(test_case *c, int32_t n, bool backward) {
     const bool pool = d->pool_size > 0;
     const int32_t len = case_len(c, n), every = snapshot_every(c), snapshots = every > 0 && !backward ? len / every : 0;
     const int64_t row = case_row(c, n), in = pool ? c->slot_in[n] : n, out = pool ? c->slot_out[n] : n;
-    const int64_t qk = (int64_t)len * d->heads_qk * c->dim_k, v = (int64_t)len * d->heads_v * c->dim_v, gates = (int64_t)len * d->heads_v;
+    const int64_t qk = (int64_t)len * d->heads_qk * c->dim_k, v = (int64_t)len * d->heads_v * c->dim_v,
+                  gates = (int64_t)len * d->heads_v;
     const int64_t state = (int64_t)d->heads_v * c->dim_k * c->dim_v;
     double *q = gather(c, T_Q, row, len), *k = gather(c, T_K, row, len), *values = gather(c, T_V, row, len);
     double *g = gather(c, T_G, row, len), *beta = gather(c, T_BETA, row, len);
@@ -717,14 +720,13 @@ static void expect_sequence(test_case *c, int32_t n, bool backward) {
 
 static struct { double error; char name[64]; } worst[T_COUNT][2]; /* [1]: of tensors stored in 16 bits */
 
-/* float32 2e-6 and gradients 1e-5, outputs rounded to bf16 3e-3. A Hopper's 16-bit operands o 4e-3, ht 2.5e-3, but in two cases: keys that
-   are nearly parallel, and more than 1024 tokens of which no gate forgets anything, where the rounding of Vn alone comes to 2.55e-3. */
+/* float32 2e-6 and gradients 1e-5, outputs rounded to bf16 3e-3. A Hopper's 16-bit operands: o 4e-3, ht 2.5e-3, and 1.2e-2 where
+   keys are nearly parallel. */
 static double tolerance(const test_case *c, case_tensor_name name) {
     const fqla_dtype dtype = c->t[name].dtype;
     const bool state = name == T_HT || name == T_SNAPSHOTS;
     if (test_on_cuda()) {
-        const bool ungated = c->spec.gates == GATES_ZERO && c->rows > 1024;
-        const double ht = c->spec.same_keys ? 1.2e-2 : ungated ? 2.7e-3 : 2.5e-3;
+        const double ht = c->spec.same_keys ? 1.2e-2 : 2.5e-3;
         return !state ? 4.0e-3 : dtype == FQLA_DTYPE_BF16 ? ht + 1.0e-3 : ht;
     }
     return dtype == FQLA_DTYPE_BF16 ? 3.0e-3 : dtype == FQLA_DTYPE_FP16 ? 5.0e-4 : is_gradient(name) ? 1.0e-5 : 2.0e-6;
@@ -733,9 +735,9 @@ static double tolerance(const test_case *c, case_tensor_name name) {
 static const char *describe(const test_case *c, char *text, size_t size) {
     const fqla_plan_desc *d = &c->desc;
     snprintf(text, size, "%s [heads %d/%d, dims %d/%d, %d seqs, %lld rows, dtypes %d/%d, gate %d %s, beta %d, %s, seed %llu]",
-             c->spec.name != NULL ? c->spec.name : "case", d->heads_qk, d->heads_v, c->dim_k, c->dim_v, c->num_seqs, (long long)c->rows,
-             (int)d->dtype, (int)d->state_dtype, (int)d->gate, gate_names[c->spec.gates], (int)d->beta, rows_names[c->spec.rows],
-             (unsigned long long)c->spec.seed);
+             c->spec.name != NULL ? c->spec.name : "case", d->heads_qk, d->heads_v, c->dim_k, c->dim_v, c->num_seqs,
+             (long long)c->rows, (int)d->dtype, (int)d->state_dtype, (int)d->gate, gate_names[c->spec.gates], (int)d->beta,
+             rows_names[c->spec.rows], (unsigned long long)c->spec.seed);
     return text;
 }
 
@@ -754,7 +756,8 @@ static const char *compare_tensor(test_case *c, case_tensor_name name) {
             for (i = 0; i < t->dim; i++) {
                 const double expected = c->expected[name][(r * t->heads + h) * t->dim + i], got = case_get(c, name, r, h, i);
                 if (!isfinite(got)) {
-                    snprintf(wrong, sizeof wrong, "%s: %s[%lld, %lld, %lld] is %g, expected %g", describe(c, text, sizeof text), names[name],
+                    snprintf(wrong, sizeof wrong, "%s: %s[%lld, %lld, %lld] is %g, expected %g", describe(c, text, sizeof text),
+                             names[name],
                              (long long)r, (long long)h, (long long)i, got, expected);
                     return wrong;
                 }
@@ -768,7 +771,8 @@ static const char *compare_tensor(test_case *c, case_tensor_name name) {
         snprintf(worst[name][dtype_size(t->dtype) == 2].name, sizeof worst[0][0].name, "%s", c->spec.name);
     }
     if (relative <= allowed) return NULL;
-    snprintf(wrong, sizeof wrong, "%s: %s is off by %.3g, allowed %.3g (norm %.3g)", describe(c, text, sizeof text), names[name], relative,
+    snprintf(wrong, sizeof wrong, "%s: %s is off by %.3g, allowed %.3g (norm %.3g)", describe(c, text, sizeof text), names[name],
+             relative,
              allowed, sqrt(norm));
     return wrong;
 }
@@ -778,7 +782,8 @@ void case_print_worst(void) {
     for (name = 0; name < T_COUNT; name++)
         for (half = 0; half < 2; half++)
             if (worst[name][half].name[0] != '\0')
-                printf("worst relative L2 error of %s in %d bits: %.3g (%s)\n", names[name], half ? 16 : 32, worst[name][half].error,
+                printf("worst relative L2 error of %s in %d bits: %.3g (%s)\n", names[name], half ? 16 : 32,
+                       worst[name][half].error,
                        worst[name][half].name);
 }
 
@@ -792,9 +797,10 @@ static const char *find_trespass(const test_case *c, bool all, bool gradients) {
         const bool may = name == T_WORKSPACE || (!all && is_gradient((case_tensor_name)name) == gradients);
         for (i = 0; i < buffer->size; i++)
             if (buffer->after[i] != buffer->before[i] && !(may && buffer->written[i] != 0)) {
-                snprintf(wrong, sizeof wrong, "%s: byte %lld of %s's buffer (%lld bytes between guards of %d) changed from %02x to %02x",
-                         describe(c, text, sizeof text), (long long)i - GUARD, names[name], (long long)buffer->size - 2 * GUARD, GUARD,
-                         buffer->before[i], buffer->after[i]);
+                snprintf(wrong, sizeof wrong,
+                         "%s: byte %lld of %s's buffer (%lld bytes between guards of %d) changed from %02x to %02x",
+                         describe(c, text, sizeof text), (long long)i - GUARD, names[name], (long long)buffer->size - 2 * GUARD,
+                         GUARD, buffer->before[i], buffer->after[i]);
                 return wrong;
             }
     }
@@ -860,8 +866,9 @@ const char *case_check_on(fqla_context *context, test_host *host, const case_spe
     }
     if (message == NULL && spec->plan.backward) {
         status = case_run_backward(&c);
-        if (status != FQLA_OK) snprintf(wrong, sizeof wrong, "%s: backward: %s: %s", spec->name, fqla_status_name(status), host->message);
-        message = status != FQLA_OK ? wrong : case_compare_backward(&c);
+        message = status == FQLA_OK ? case_compare_backward(&c) : wrong;
+        if (status != FQLA_OK)
+            snprintf(wrong, sizeof wrong, "%s: backward: %s: %s", spec->name, fqla_status_name(status), host->message);
     }
     case_close(&c);
     return message;
