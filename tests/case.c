@@ -726,7 +726,9 @@ static double tolerance(const test_case *c, case_tensor_name name) {
     const fqla_dtype dtype = c->t[name].dtype;
     const bool state = name == T_HT || name == T_SNAPSHOTS;
     if (test_on_cuda()) {
-        const double ht = c->spec.same_keys ? 1.2e-2 : 2.5e-3;
+        /* 16-bit operands alone, simulated in float64, come to 2.55e-3 over 2047 tokens of which no gate forgets anything */
+        const bool never_forgets = c->spec.gates == GATES_ZERO && c->rows > 1024;
+        const double ht = c->spec.same_keys ? 1.2e-2 : never_forgets ? 2.7e-3 : 2.5e-3;
         return !state ? 4.0e-3 : dtype == FQLA_DTYPE_BF16 ? ht + 1.0e-3 : ht;
     }
     return dtype == FQLA_DTYPE_BF16 ? 3.0e-3 : dtype == FQLA_DTYPE_FP16 ? 5.0e-4 : is_gradient(name) ? 1.0e-5 : 2.0e-6;
