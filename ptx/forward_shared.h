@@ -2,43 +2,67 @@
 #ifndef FLASHQLA_FORWARD_SHARED_H
 #define FLASHQLA_FORWARD_SHARED_H
 
-#include "tile.h"
+#include <stddef.h>
 
-enum { STATE_WARPGROUPS = 2, STATE_WARPS = 4 * STATE_WARPGROUPS, STATE_COLUMNS = DIM / STATE_WARPGROUPS };
-enum { CHUNK_SLOTS = 3, V_SLOTS = 2, P_SLOTS = 2 };
+#include "segment.h"
 
-/* What a chunk brings besides v. 43 KB */
+/* A block has all of V, or half of it: -DFLASHQLA_HALF. */
+#if defined(FLASHQLA_HALF)
+enum { STATE_WARPGROUPS = 1, FORWARD_THREADS = FQLA__HALF_THREADS, FORWARD_SHARED_BYTES = FQLA__HALF_SHARED_BYTES };
+#else
+enum { STATE_WARPGROUPS = 2, FORWARD_THREADS = FQLA__FORWARD_THREADS, FORWARD_SHARED_BYTES = FQLA__FORWARD_SHARED_BYTES };
+#endif
+enum { STATE_WARPS = 4 * STATE_WARPGROUPS, STATE_COLUMNS = 64, SPLIT = DIM / STATE_COLUMNS / STATE_WARPGROUPS };
+enum { SLOTS = 3, OUT_SLOTS = 2 };
+static_assert(FORWARD_THREADS == (STATE_WARPGROUPS + 1) * WARPGROUP, "a warpgroup a role");
+
+/* What a chunk brings besides v. 42 KB */
 typedef struct __align__(1024) ChunkSlot {
-    Tile k[2], q[2];               /* columns 0-63, 64-127 */
-    fqla__prepared_chunk prepared; /* T and the tokens' factors */
+    Tile k[2], q[2]; /* columns 0-63, 64-127 */
+    Square t;        /* T below its diagonal */
+    fqla__factors factors;
 } ChunkSlot;
 
-/* The sequence and head of a block. In shared memory: it costs no registers. */
-typedef struct Sequence {
-    int64_t row;      /* its first row in q, k, v, o, g, beta */
-    int32_t len;
-    int32_t chunks;
-    int64_t chunk;    /* its first chunk's number in the batch */
-    int64_t snapshot; /* its first entry in snapshots */
-    int32_t head, head_qk;
-    int64_t in, out;  /* entries of h0 and ht, counted in heads' states; -1: none */
-} Sequence;
-
+/* Chunks are numbered from where the block's state starts. Number i uses slot i % 3 of what comes in, of P and of what goes out i % 2;
+   the phase of a barrier is i / 3 or i / 2. */
 typedef struct __align__(1024) ForwardShared {
-    ChunkSlot chunk[CHUNK_SLOTS];                 /*                                              129 KB */
-    Tile v[V_SLOTS][STATE_WARPGROUPS];            /* a warpgroup's 64 columns                      32 KB */
-    Tile p[P_SLOTS];                              /* P, zeros above its diagonal                   16 KB */
-    unsigned char o[STATE_WARPS][CHUNK * 32];     /* a warp's 16 columns of O on their way out     16 KB */
-    Sequence sequence;
-    uint64_t chunk_full[CHUNK_SLOTS];             /* copy engine -> all */
-    uint64_t v_full[V_SLOTS][STATE_WARPGROUPS];   /* copy engine -> a state warpgroup */
-    uint64_t p_full[P_SLOTS];                     /* scores -> state: P is there, and k's rows past the end are zeros */
-    uint64_t chunk_free[CHUNK_SLOTS];             /* state -> scores, which refills the slots */
-    uint64_t v_free[V_SLOTS][STATE_WARPGROUPS];
-    uint64_t p_free[P_SLOTS];
+    ChunkSlot chunk[SLOTS];                 /*                                                       126 KB */
+    Tile v[SLOTS][STATE_WARPGROUPS];        /* a warpgroup's 64 columns                              48 KB or 24 KB */
+    Tile o[OUT_SLOTS][STATE_WARPGROUPS];    /* the same of O                                         32 KB or 16 KB */
+    Square p[OUT_SLOTS];                    /*                                                       16 KB */
+    Segment segment;
+    int32_t start;                          /* the chunk where the state starts: the segment's first, or earlier where it is warm */
+    uint64_t chunk_full[SLOTS];             /* copy engine -> scores, state: k and q, and what kernel prepare made */
+    uint64_t chunk_free[SLOTS];             /* state -> loads */
+    uint64_t p_full[OUT_SLOTS];             /* scores -> state: P is there */
+    uint64_t part_full;                     /* scores -> state: a last chunk, a part of one, has zeros in the rows past its end */
+    /* and for each state warpgroup by itself */
+    uint64_t v_full[SLOTS][STATE_WARPGROUPS];       /* copy engine -> state (of a part of a chunk -> scores) */
+    uint64_t v_free[SLOTS][STATE_WARPGROUPS];       /* state -> loads */
+    uint64_t out_full[OUT_SLOTS][STATE_WARPGROUPS]; /* state -> loads, scores: O is there and P is used */
+    uint64_t out_free[OUT_SLOTS][STATE_WARPGROUPS]; /* loads -> state: O has left */
 } ForwardShared;
 
-static_assert(sizeof(ForwardShared) == FQLA__FORWARD_SHARED_BYTES, "what the host asks for");
+static_assert(sizeof(ForwardShared) == FORWARD_SHARED_BYTES, "what the host asks for");
 static_assert(sizeof(ForwardShared) <= 227 * 1024, "what a block can have");
+
+/* A place in a ring of slots and the parity of its barriers' phase, stepped from chunk to chunk: uniform over a warp. */
+typedef struct Ring {
+    int slot;
+    uint32_t phase;
+} Ring;
+
+template <int slots> static __device__ __forceinline__ void ring_next(Ring &ring) {
+    if (++ring.slot == slots) ring.slot = 0, ring.phase ^= 1;
+}
+
+/* The same of chunk number i, by divisions. */
+template <int slots> static __device__ __forceinline__ Ring ring_of(int number) {
+    Ring ring = {number % slots, (uint32_t)(number / slots % 2)};
+    return ring;
+}
+
+/* The same in every lane, and known as such to the compiler, which can then use uniform registers. */
+static __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 #endif

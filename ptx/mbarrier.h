@@ -23,17 +23,32 @@ static __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t *barrier,
                  : "memory");
 }
 
+/* Has the phase of this parity completed? Waits a moment for it. */
+static __device__ __forceinline__ bool mbarrier_try(uint64_t *barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return done != 0;
+}
+
+/* Has it by now? The same answer in every lane of the warp. */
+static __device__ __forceinline__ bool mbarrier_test(uint64_t *barrier, uint32_t parity) {
+    uint32_t done;
+    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+    return __all_sync(0xffffffffu, done != 0);
+}
+
 /* Wait for the completion of the phase of this parity. Built with -DFLASHQLA_BOUNDED_WAIT it traps after about ten seconds. */
 static __device__ __forceinline__ void mbarrier_wait(uint64_t *barrier, uint32_t parity) {
-    uint32_t done = 0;
 #ifdef FLASHQLA_BOUNDED_WAIT
     uint32_t tries = 0;
 #endif
-    while (!done) {
-        asm volatile("{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                     : "=r"(done)
-                     : "r"(shared_address(barrier)), "r"(parity)
-                     : "memory");
+    while (!mbarrier_try(barrier, parity)) {
 #ifdef FLASHQLA_BOUNDED_WAIT
         if (++tries == 10000000u) __trap();
 #endif

@@ -47,4 +47,26 @@ static __device__ __forceinline__ void mma_fp16_8(float (&d)[4], uint32_t a, uin
                  : "r"(a), "r"(0), "r"(b));
 }
 
+/* d [16 x 8] = a [16 x 16] b [16 x 8] in fp16. */
+static __device__ __forceinline__ void mma_fp16_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.0f));
+}
+
+/* d [16 x 8] = a [16 x 8] b [8 x 8] in fp16; a: rows 0-7, rows 8-15. */
+static __device__ __forceinline__ void mma_fp16_8_first(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %7, %7, %7};"
+                 : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(b), "f"(0.0f));
+}
+
+/* An 8 x 8 tile of 16-bit elements in registers, transposed. */
+static __device__ __forceinline__ uint32_t transpose_tile(uint32_t tile) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(tile));
+    return transposed;
+}
+
 #endif

@@ -14,32 +14,68 @@ typedef struct __align__(1024) Tile {
     unsigned char bytes[CHUNK * 128];
 } Tile;
 
+enum { TILE_UNITS = sizeof(Tile) / 16 };
+
+/* The units of step i of 16 in k along the rows of a pair of tiles. */
+static __device__ __forceinline__ uint32_t step_units(int step) { return step / 4 * TILE_UNITS + step % 4 * 2; }
+
 /* d = a b^T for two 64 x 128 pairs of tiles. */
-static __device__ __forceinline__ void multiply_tiles(float (&d)[32], const Tile *a, const Tile *b) {
+static __device__ __forceinline__ void multiply_tiles(float (&d)[32], uint32_t a, uint32_t b) {
     wgmma_64x64_shared_first(d, tile_descriptor(a, 0), tile_descriptor(b, 0));
 #pragma unroll
     for (int step = 1; step < DIM / 16; step++)
-        wgmma_64x64_shared(d, descriptor_advance(tile_descriptor(&a[step / 4], 0), step % 4 * 32),
-                           descriptor_advance(tile_descriptor(&b[step / 4], 0), step % 4 * 32));
+        wgmma_64x64_shared(d, tile_descriptor(a + step_units(step), 0), tile_descriptor(b + step_units(step), 0));
 }
 
-/* A 16 x 16 accumulator (two tiles of 16 x 8) as 16-bit elements; address: the lane's, of one row of eight of them. */
-static __device__ __forceinline__ void store_block(uint32_t address, const float *d) {
-    store_tiles(address, pack_elements(d[0], d[1]), pack_elements(d[2], d[3]), pack_elements(d[4], d[5]), pack_elements(d[6], d[7]));
+/* A lower triangular 64 x 64 matrix X of 16-bit elements by its ten 16 x 16 blocks (row, column), in global memory: column after column
+   of blocks, of each the blocks row = column .. 3, 512 bytes a block; a block is four 8 x 8 tiles of 128 bytes, of rows of 16 bytes:
+   (upper, left), (upper, right), (lower, left), (lower, right). 5 KB */
+static __device__ __forceinline__ int triangle_offset(int row, int column) {
+    return (column * (9 - column) / 2 + row - column) * 512; /* before column c: 4 + 3 + ... blocks */
 }
 
-/* The lane's address of block (row, column), counted in 16 x 16 blocks, of a tile. */
-static __device__ __forceinline__ uint32_t tile_block_address(const void *tile, int row, int column, int lane) {
-    const int unit = ((lane / 16) ^ (lane % 8)) ^ (2 * column);
-    return shared_address(tile) + (BLOCK * row + lane % 16) * 128 + unit * 16;
+/* The same in shared memory, as wgmma reads X^T without swizzle: all sixteen blocks, those above the diagonal zero. 8 KB */
+typedef struct __align__(1024) Square {
+    unsigned char bytes[BLOCKS * BLOCKS * 512];
+} Square;
+
+static __device__ __forceinline__ int square_offset(int row, int column) { return (column * BLOCKS + row) * 512; }
+
+/* Of X^T: k runs over X's columns, n over its rows. The operand of column c's blocks: k = 16 columns, N = 64 rows. */
+static __device__ __forceinline__ uint64_t square_descriptor(uint32_t square, int column) {
+    const uint64_t next_k = 128 >> 4, next_n = 256 >> 4; /* the 8 x 8 tile right of one, and the one below */
+    return (square + square_offset(0, column) / 16 | next_k << 16) | next_n << 32;
 }
 
-/* Rows of a pair of tiles from `valid` on belong to the next sequence: zeros, since 0 * NaN is NaN. By a warpgroup. */
-static __device__ __forceinline__ void clear_rows(Tile *tiles, int valid, int thread) {
-    for (int unit = valid * 8 + thread; unit < CHUNK * 8; unit += WARPGROUP) {
-        ((uint4 *)tiles[0].bytes)[unit] = make_uint4(0, 0, 0, 0);
-        ((uint4 *)tiles[1].bytes)[unit] = make_uint4(0, 0, 0, 0);
-    }
+/* d [64 x 64] += a [64 x 64, registers] X^T. N stays 64 though X is triangular: where a wgmma adds to a part of an accumulator ptxas
+   serialises all (C7511). */
+static __device__ __forceinline__ void multiply_square(float (&d)[32], const uint32_t (&a)[16], uint32_t square) {
+#pragma unroll
+    for (int column = 0; column < BLOCKS; column++) wgmma_64x64(d, &a[4 * column], square_descriptor(square, column));
+}
+
+/* A 16 x 16 accumulator as block (row, column) of a square. */
+static __device__ __forceinline__ void store_block(void *square, int row, int column, int lane, const float *d) {
+    store_tiles(shared_address(square) + square_offset(row, column) + lane * 16, pack_elements(d[0], d[1]), pack_elements(d[4], d[5]),
+                pack_elements(d[2], d[3]), pack_elements(d[6], d[7]));
+}
+
+/* Bring what kernel prepare made of a chunk, sizeof(fqla__prepared_chunk) bytes: of T only the blocks that are there. By one thread. */
+static __device__ __forceinline__ void load_prepared(Square *t, fqla__factors *factors, const fqla__prepared_chunk *from, uint64_t *barrier) {
+#pragma unroll
+    for (int column = 0; column < BLOCKS; column++)
+        bulk_load(t->bytes + square_offset(column, column), from->t + triangle_offset(column, column), (BLOCKS - column) * 512, barrier);
+    bulk_load(factors, &from->factors, sizeof *factors, barrier);
+}
+
+static __device__ __forceinline__ void clear_square(Square *square, int thread, int threads) {
+    for (int unit = thread; unit < (int)(sizeof *square / 16); unit += threads) ((uint4 *)square->bytes)[unit] = make_uint4(0, 0, 0, 0);
+}
+
+/* Rows of tiles from `valid` on belong to the next sequence: zeros, since 0 * NaN is NaN. By a warpgroup. */
+static __device__ __forceinline__ void clear_rows(Tile *tiles, int count, int valid, int thread) {
+    for (int tile = 0; tile < count; tile++)
+        for (int unit = valid * 8 + thread; unit < CHUNK * 8; unit += WARPGROUP) ((uint4 *)tiles[tile].bytes)[unit] = make_uint4(0, 0, 0, 0);
     fence_proxy_async();
 }
 

@@ -4,28 +4,31 @@
 
 #include "mbarrier.h"
 
-/* Box at (column, head, row) into shared memory; completes on the barrier. */
-static __device__ __forceinline__ void tma_load(void *to, const void *map, int32_t column, int32_t head, int32_t row, uint64_t *barrier) {
+/* Box at (column, row, head) into shared memory; completes on the barrier. */
+static __device__ __forceinline__ void tma_load(void *to, const void *map, int32_t column, int32_t row, int32_t head, uint64_t *barrier) {
     asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
                      shared_address(to)),
-                 "l"(map), "r"(column), "r"(head), "r"(row), "r"(shared_address(barrier))
+                 "l"(map), "r"(column), "r"(row), "r"(head), "r"(shared_address(barrier))
                  : "memory");
 }
 
-/* `bytes` contiguous bytes, a multiple of 16, either way. */
+/* `bytes` contiguous bytes, a multiple of 16. */
 static __device__ __forceinline__ void bulk_load(void *to, const void *from, uint32_t bytes, uint64_t *barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
 
-static __device__ __forceinline__ void bulk_store(void *to, const void *from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
+/* Shared memory into the box at (column, row, head). */
+static __device__ __forceinline__ void tma_store(const void *map, int32_t column, int32_t row, int32_t head, const void *from) {
+    asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%1, %2, %3}], [%4];" ::"l"(map), "r"(column), "r"(row),
+                 "r"(head), "r"(shared_address(from))
                  : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
 }
 
-/* Wait until all but the last `pending` of this thread's stores have read their shared memory. */
+static __device__ __forceinline__ void bulk_commit(void) { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+/* Wait until all but the last `pending` of this thread's groups of stores have read their shared memory. */
 template <int pending> static __device__ __forceinline__ void bulk_store_wait(void) {
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }

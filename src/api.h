@@ -118,8 +118,18 @@
     so that it can be captured in a CUDA graph. A plan owns a workspace that serves one run at a time. For concurrent runs of one plan
     pass workspace and workspace_size in the args (fqla_workspace_size says how many bytes, 256-byte aligned); a plan with
     external_workspace = 1 owns none. plan_desc.backward = 1 makes room for the backward.
-    How much that is: on the CPU about 1.5 MB a thread, and with backward a state a chunk of the longest sequence; on a GPU 10.5 KB a
-    chunk of 64 tokens and v-head (345 MB at 32768 tokens and 64 v-heads).
+    How much that is: on the CPU about 1.5 MB a thread, and with backward a state a chunk of the longest sequence; on a GPU 6.5 KB a
+    chunk of 64 tokens and v-head (220 MB at 32768 tokens and 64 v-heads), and up to 70 MB where sequences may be cut.
+
+    SCHEDULE
+    ========
+    On a GPU a state lives on one multiprocessor, and tokens come one after the other. Where that would leave multiprocessors idle a
+    forward spreads the columns of a state over two blocks (v_split) and cuts sequences into segments that run at once
+    (segment_chunks). A segment whose gates have forgotten what was before it (warm_up_tolerance) starts from zero some chunks
+    early; for the others the segments before it are first reduced to their transitions, which costs more and loses nothing. Which
+    way a segment goes is decided on the GPU, for every head, from the gates of that head alone. The plan chooses by a
+    model of the time: v_split from the maxima, segment_chunks also from the lengths of the moment, so that an update chooses anew.
+    fqla_plan_info tells the choice. The two fields force one, for measurements.
 
     THREADS
     =======
@@ -357,6 +367,11 @@ typedef struct fqla_plan_desc {
     int32_t l2norm;               /* 1: normalise q and k inside */
     float scale;                  /* of o; 0: dim_k^-0.5; finite */
     fqla_tensor_strides strides;  /* see TENSORS */
+    float warm_up_tolerance;      /* CUDA may start a part of a sequence from zero some chunks early where what the state was before has
+                                     decayed below this, relative to it; 0: 1e-7; 1e-30 to 1. See SCHEDULE */
+    int32_t v_split;              /* CUDA: blocks that the D_v columns of a forward's state are spread over, 1 or 2; 0: chosen */
+    int32_t segment_chunks;       /* CUDA: chunks of 64 tokens of the segments that a forward's sequences are cut into, at least a 64th of
+                                     max_tokens; 0: chosen from the lengths; -1: sequences stay whole */
     int32_t pool_size;            /* slots of the state pool; 0: no pool */
     int32_t checkpoint_every;     /* chunks of 64 tokens between checkpoints; 0: none */
     int32_t backward;             /* 1: fqla_backward will be called too. Refused with FQLA_GATE_LINEAR and with a pool */

@@ -60,8 +60,13 @@ static const struct {
 } fqla__kernels[FQLA__KERNEL_COUNT] = {
     {"prepare_bf16", FQLA__PREPARE_SHARED_BYTES},
     {"prepare_fp16", FQLA__PREPARE_SHARED_BYTES},
+    {"states_bf16", FQLA__STATES_SHARED_BYTES},
+    {"states_fp16", FQLA__STATES_SHARED_BYTES},
     {"forward_bf16", FQLA__FORWARD_SHARED_BYTES},
     {"forward_fp16", FQLA__FORWARD_SHARED_BYTES},
+    {"forward_half_bf16", FQLA__HALF_SHARED_BYTES},
+    {"forward_half_fp16", FQLA__HALF_SHARED_BYTES},
+    {"scan", FQLA__SCAN_SHARED_BYTES},
 };
 
 static void fqla__cuda_unload_kernels(fqla_context *context) {

@@ -30,6 +30,25 @@ enum { FQLA__CUDA_INTERLEAVE_NONE = 0, FQLA__CUDA_OOB_FILL_ZERO = 0 };
 enum { FQLA__CUDA_SWIZZLE_128B = 3 };
 enum { FQLA__CUDA_L2_PROMOTION_NONE = 0, FQLA__CUDA_L2_PROMOTION_256B = 3 };
 
+enum { FQLA__CUDA_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION = 6 }; /* CU_LAUNCH_ATTRIBUTE_* */
+
+/* CUlaunchAttribute and CUlaunchConfig. */
+typedef struct fqla__cuda_launch_attribute {
+    int id;
+    char padding[4];
+    union {
+        char bytes[64];
+        int programmatic_stream_serialization_allowed;
+    } value;
+} fqla__cuda_launch_attribute;
+
+typedef struct fqla__cuda_launch_config {
+    unsigned int grid_x, grid_y, grid_z, block_x, block_y, block_z, shared_bytes;
+    fqla_stream stream;
+    fqla__cuda_launch_attribute *attributes;
+    unsigned int attribute_count;
+} fqla__cuda_launch_config;
+
 /* Every function that is called, by the name that the library exports it under. */
 #define FLASHQLA__CUDA_FUNCTIONS(X)                                                                                       \
     X(cuGetErrorName, (fqla__cuda_result result, const char **name))                                                      \
@@ -59,9 +78,7 @@ enum { FQLA__CUDA_L2_PROMOTION_NONE = 0, FQLA__CUDA_L2_PROMOTION_256B = 3 };
     X(cuTensorMapEncodeTiled, (void *map, int type, uint32_t rank, void *address, const uint64_t *dims,                   \
                                const uint64_t *strides, const uint32_t *box, const uint32_t *element_strides,             \
                                int interleave, int swizzle, int l2_promotion, int oob_fill))                              \
-    X(cuLaunchKernel, (fqla__cuda_function function, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,       \
-                       unsigned int block_x, unsigned int block_y, unsigned int block_z, unsigned int shared_bytes,       \
-                       fqla_stream stream, void **parameters, void **extra))
+    X(cuLaunchKernelEx, (const fqla__cuda_launch_config *config, fqla__cuda_function function, void **parameters, void **extra))
 
 typedef struct fqla__cuda_driver {
 #define FLASHQLA__X(name, parameters) fqla__cuda_result(FLASHQLA__CUDA_CALL *name) parameters;
@@ -106,12 +123,17 @@ static void fqla__cuda_result_words(const fqla__cuda_driver *driver, fqla__cuda_
     else snprintf(words, size, "unknown error %d", result);
 }
 
-/* The kernels, one an image; see fqla__kernels in cuda_device.h. */
+/* The kernels, one an image; see fqla__kernels in cuda_device.h. Of each the variant for bfloat16, then that for float16. */
 enum {
     FQLA__KERNEL_PREPARE_BF16,
     FQLA__KERNEL_PREPARE_FP16,
+    FQLA__KERNEL_STATES_BF16,
+    FQLA__KERNEL_STATES_FP16,
     FQLA__KERNEL_FORWARD_BF16,
     FQLA__KERNEL_FORWARD_FP16,
+    FQLA__KERNEL_FORWARD_HALF_BF16,
+    FQLA__KERNEL_FORWARD_HALF_FP16,
+    FQLA__KERNEL_SCAN, /* of one kind */
     FQLA__KERNEL_COUNT
 };
 
@@ -125,8 +147,17 @@ typedef struct fqla__cuda_device {
     fqla__cuda_function functions[FQLA__KERNEL_COUNT];
 } fqla__cuda_device;
 
-/* What a plan keeps on CUDA: the device table of cuda_params.h, and host memory in which its next content is put together. */
+/* How a forward is spread over the GPU; cuda_schedule.h chooses. */
+typedef struct fqla__schedule {
+    int32_t v_split;            /* 1 or 2 blocks a v-head; from the plan's maxima */
+    int32_t extra_segments;     /* by cutting sequences there are so many segments more than sequences, at most; 0: none is cut. From the maxima */
+    int32_t segment_chunks;     /* chunks of a segment; 0: no sequence is cut. From the lengths of the moment */
+    double microseconds, uncut; /* the model's time, and without cutting */
+} fqla__schedule;
+
+/* What a plan keeps on CUDA: the device table of cuda_params.h, host memory in which its next content is put together, the schedule. */
 typedef struct fqla__cuda_plan {
     fqla__cuda_address table;
-    int64_t *staging;
+    fqla__device_table *staging;
+    fqla__schedule schedule;
 } fqla__cuda_plan;

@@ -1,8 +1,8 @@
-// >>cuda_forward: a plan's table on the device, and the launch of a forward or a one-token decode
+// >>cuda_forward: a plan's table on the device, and the launches of a forward or a one-token decode
 
-/* Bytes of the table of num_seqs sequences: their number, that of their chunks, then an fqla__device_sequence each. */
-static size_t fqla__cuda_table_size(int32_t num_seqs) {
-    return 2 * sizeof(int64_t) + (size_t)num_seqs * sizeof(fqla__device_sequence);
+/* Bytes of the table of num_seqs sequences and so many segments. */
+static size_t fqla__cuda_table_size(int64_t num_seqs, int64_t segments) {
+    return sizeof(fqla__device_table) + (size_t)num_seqs * sizeof(fqla__device_sequence) + (size_t)segments * sizeof(fqla__device_segment);
 }
 
 /* The most chunks that a forward or a decode of this plan can have: every sequence may end in a part of one. */
@@ -10,29 +10,74 @@ static int64_t fqla__cuda_max_chunks(const fqla_plan_desc *desc) {
     return desc->max_tokens / FLASHQLA_CHUNK + (int64_t)desc->max_seqs;
 }
 
+static int64_t fqla__cuda_max_segments(const fqla_plan *plan) { return (int64_t)plan->desc.max_seqs + plan->cuda.schedule.extra_segments; }
+
+/* The most segments of cut sequences: a cut sequence has one that is none of the extra ones. */
+static int64_t fqla__cuda_max_kept(const fqla_plan *plan) {
+    const int64_t extra = plan->cuda.schedule.extra_segments;
+    return extra + (extra < plan->desc.max_seqs ? extra : plan->desc.max_seqs);
+}
+
+/* The longer sequence first, of equals the first. While it is sorted an entry's index is its sequence's length. */
+static int fqla__compare_segments(const void *a, const void *b) {
+    const fqla__device_segment *x = (const fqla__device_segment *)a, *y = (const fqla__device_segment *)b;
+    if (x->index != y->index) return x->index > y->index ? -1 : 1;
+    return x->sequence < y->sequence ? -1 : 1;
+}
+
 /* Send the table of these sequences to the device. cu_seqlens NULL: all have padded_len tokens. The driver has read pageable memory
    when the copy returns, so that staging may be filled again at once. */
 static fqla_status fqla__cuda_send_table(const fqla_plan *plan, const char *function, int32_t num_seqs, const int32_t *cu_seqlens,
-                                         fqla_stream stream) {
+                                         int32_t segment_chunks, fqla_stream stream) {
     const fqla_plan_desc *d = &plan->desc;
     const int64_t every = (int64_t)FLASHQLA_CHUNK * d->checkpoint_every;
-    fqla__device_sequence sequence;
-    int64_t snapshot = 0, chunk = 0;
+    fqla__device_table *table = plan->cuda.staging;
+    fqla__device_sequence *sequences = (fqla__device_sequence *)(table + 1), *sequence;
+    fqla__device_segment *segments = (fqla__device_segment *)(sequences + num_seqs);
+    int64_t snapshot = 0, chunk = 0, count = 0, length, first;
     int32_t n;
-    plan->cuda.staging[0] = num_seqs;
     for (n = 0; n < num_seqs; n++) {
-        sequence.len = cu_seqlens != NULL ? cu_seqlens[n + 1] - cu_seqlens[n] : d->padded_len;
-        sequence.row = d->padded_len > 0 ? (int64_t)n * d->padded_len : cu_seqlens[n];
-        sequence.chunk = chunk;
-        sequence.snapshot = snapshot;
-        chunk += (sequence.len + FLASHQLA_CHUNK - 1) / FLASHQLA_CHUNK;
-        snapshot += every > 0 ? sequence.len / every : 0;
-        memcpy((char *)plan->cuda.staging + fqla__cuda_table_size(n), &sequence, sizeof sequence);
+        sequence = &sequences[n];
+        sequence->len = cu_seqlens != NULL ? cu_seqlens[n + 1] - cu_seqlens[n] : d->padded_len;
+        sequence->row = d->padded_len > 0 ? (int64_t)n * d->padded_len : cu_seqlens[n];
+        sequence->chunk = chunk;
+        sequence->snapshot = snapshot;
+        sequence->kept = -1;
+        length = fqla__ceil_div(sequence->len, FLASHQLA_CHUNK);
+        chunk += length;
+        snapshot += every > 0 ? sequence->len / every : 0;
+        if (segment_chunks == 0 || length <= segment_chunks) continue;
+        sequence->kept = count;
+        for (first = 0; first < length; first += segment_chunks) {
+            segments[count].sequence = n;
+            segments[count++].index = (int32_t)(first / segment_chunks);
+        }
     }
-    plan->cuda.staging[1] = chunk;
+    table->num_seqs = num_seqs;
+    table->chunks = chunk;
+    table->kept = count;
+    table->segment_chunks = segment_chunks;
+    for (n = 0; n < num_seqs; n++)
+        if (sequences[n].kept < 0) {
+            segments[count].sequence = n;
+            segments[count++].index = (int32_t)sequences[n].len;
+        }
+    table->segments = count;
+    qsort(segments + table->kept, (size_t)(count - table->kept), sizeof *segments, fqla__compare_segments);
+    for (first = table->kept; first < count; first++) segments[first].index = 0;
     return fqla__cuda_check(plan->context, function, "cuMemcpyHtoDAsync",
-                            plan->context->cuda.driver.cuMemcpyHtoDAsync_v2(plan->cuda.table, plan->cuda.staging,
-                                                                            fqla__cuda_table_size(num_seqs), stream));
+                            plan->context->cuda.driver.cuMemcpyHtoDAsync_v2(plan->cuda.table, table, fqla__cuda_table_size(num_seqs, count), stream));
+}
+
+/* Where to cut the sequences of these lengths, and the model's time for them. */
+static fqla__schedule fqla__cuda_cut(const fqla_plan *plan, int32_t num_seqs, const int32_t *cu_seqlens) {
+    fqla__schedule schedule = plan->cuda.schedule;
+    fqla__lengths lengths;
+    lengths.cu_seqlens = cu_seqlens;
+    lengths.count = num_seqs;
+    lengths.each = (int32_t)fqla__ceil_div(plan->desc.padded_len, FLASHQLA_CHUNK);
+    fqla__choose_cut(plan, &schedule, &lengths);
+    return schedule;
 }
 
 /* A grid has up to 2^31 - 1 blocks, and the copy engine takes strides below 2^40 bytes. */
@@ -41,9 +86,9 @@ static fqla_status fqla__cuda_check_limits(const fqla_plan *plan) {
     const fqla_strides *strides[4];
     int i;
     strides[0] = &d->strides.q, strides[1] = &d->strides.k, strides[2] = &d->strides.v, strides[3] = &d->strides.o;
-    if (d->heads_v * fqla__cuda_max_chunks(d) > INT32_MAX)
+    if (4 * d->heads_v * fqla__cuda_max_chunks(d) > INT32_MAX)
         return fqla__fail(&plan->context->desc, FQLA_ERROR_UNSUPPORTED,
-                          "plan_desc.max_tokens is %d and max_seqs %d; with heads_v %d that is over 2^31 - 1 blocks, more than CUDA launches",
+                          "plan_desc.max_tokens is %d and max_seqs %d; with heads_v %d that is over 2^29 blocks, more than CUDA launches",
                           (int)d->max_tokens, (int)d->max_seqs, (int)d->heads_v);
     for (i = 0; i < 4; i++)
         if (strides[i]->token >= (int64_t)1 << 39 || strides[i]->head >= (int64_t)1 << 39)
@@ -53,6 +98,20 @@ static fqla_status fqla__cuda_check_limits(const fqla_plan *plan) {
     return FQLA_OK;
 }
 
+/* The workspace: what prepare makes of every chunk, then the states and transitions of cut sequences' segments. */
+typedef struct fqla__cuda_layout {
+    size_t states, transitions, bytes; /* where they start; all of it */
+} fqla__cuda_layout;
+
+static fqla__cuda_layout fqla__cuda_workspace(const fqla_plan *plan) {
+    const size_t heads = (size_t)plan->desc.heads_v, kept = (size_t)fqla__cuda_max_kept(plan) * heads;
+    fqla__cuda_layout layout;
+    layout.states = (size_t)fqla__round_up(fqla__cuda_max_chunks(&plan->desc) * plan->desc.heads_v * (int64_t)sizeof(fqla__prepared_chunk), FQLA__ALIGNMENT);
+    layout.transitions = layout.states + kept * sizeof(fqla__kept_state);
+    layout.bytes = layout.transitions + kept * sizeof(fqla__kept_transition);
+    return layout;
+}
+
 /* Of what a failure leaves behind fqla__cuda_plan_destroy takes care. The first table is sent on the calling thread's own stream:
    the legacy stream would wait for all others, and could not be used while any of them is being captured. */
 static fqla_status fqla__cuda_plan_create(fqla_plan *plan) {
@@ -60,11 +119,14 @@ static fqla_status fqla__cuda_plan_create(fqla_plan *plan) {
     const fqla__cuda_driver *driver = &context->cuda.driver;
     const fqla_stream per_thread = (fqla_stream)(uintptr_t)2; /* CU_STREAM_PER_THREAD */
     const char *function = "fqla_plan_create";
-    const size_t bytes = fqla__cuda_table_size(plan->desc.max_seqs);
+    size_t bytes;
     fqla_status status = fqla__cuda_check_limits(plan);
     if (status != FQLA_OK) return status;
-    plan->workspace_size = (size_t)(fqla__cuda_max_chunks(&plan->desc) * plan->desc.heads_v) * sizeof(fqla__prepared_chunk);
-    plan->cuda.staging = (int64_t *)fqla__host_alloc(&context->desc, bytes);
+    fqla__choose_schedule(plan, &plan->cuda.schedule);
+    plan->cuda.schedule = fqla__cuda_cut(plan, plan->num_seqs, plan->cu_seqlens);
+    plan->workspace_size = fqla__cuda_workspace(plan).bytes;
+    bytes = fqla__cuda_table_size(plan->desc.max_seqs, fqla__cuda_max_segments(plan));
+    plan->cuda.staging = (fqla__device_table *)fqla__host_alloc(&context->desc, bytes);
     if (plan->cuda.staging == NULL)
         return fqla__fail(&context->desc, FQLA_ERROR_OUT_OF_MEMORY, "%s: no memory for the tables of %d sequences", function,
                           (int)plan->desc.max_seqs);
@@ -73,7 +135,8 @@ static fqla_status fqla__cuda_plan_create(fqla_plan *plan) {
     status = fqla__cuda_check_live_stream(context, function, per_thread);
     if (status == FQLA_OK)
         status = fqla__cuda_check(context, function, "cuMemAlloc", driver->cuMemAlloc_v2(&plan->cuda.table, bytes));
-    if (status == FQLA_OK) status = fqla__cuda_send_table(plan, function, plan->num_seqs, plan->cu_seqlens, per_thread);
+    if (status == FQLA_OK) status = fqla__cuda_send_table(plan, function, plan->num_seqs, plan->cu_seqlens,
+                                                              plan->cuda.schedule.segment_chunks, per_thread);
     if (status == FQLA_OK)
         status = fqla__cuda_check(context, function, "cuStreamSynchronize", driver->cuStreamSynchronize(per_thread));
     fqla__cuda_leave(context);
@@ -93,35 +156,39 @@ static void fqla__cuda_plan_destroy(fqla_plan *plan) {
 
 static fqla_status fqla__cuda_plan_update(fqla_plan *plan, int32_t num_seqs, const int32_t *cu_seqlens, fqla_stream stream) {
     const char *function = "fqla_plan_update";
+    const fqla__schedule schedule = fqla__cuda_cut(plan, num_seqs, cu_seqlens);
     fqla_status status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     status = fqla__cuda_check_live_stream(plan->context, function, stream);
-    if (status == FQLA_OK) status = fqla__cuda_send_table(plan, function, num_seqs, cu_seqlens, stream);
+    if (status == FQLA_OK) status = fqla__cuda_send_table(plan, function, num_seqs, cu_seqlens, schedule.segment_chunks, stream);
+    if (status == FQLA_OK) plan->cuda.schedule = schedule;
     fqla__cuda_leave(plan->context);
     return status;
 }
 
-/* Kernel prepare makes K K^T once for the v-heads that a block serves; with few chunks a block a v-head spreads the work wider. */
-static int32_t fqla__cuda_heads_per_block(const fqla_plan *plan) {
-    const fqla_plan_desc *d = &plan->desc;
-    const int64_t blocks = fqla__cuda_max_chunks(d) * d->heads_qk;
-    return blocks >= 16 * (int64_t)plan->context->summary.sm_count ? d->heads_v / d->heads_qk : 1;
+/* A block of kernel prepare has a warp for each of up to four v-heads of a q/k head. */
+static int32_t fqla__cuda_heads_per_block(const fqla_plan_desc *desc) {
+    const int32_t ratio = desc->heads_v / desc->heads_qk;
+    return ratio % 4 == 0 ? 4 : ratio % 3 == 0 ? 3 : ratio % 2 == 0 ? 2 : 1;
 }
 
 /* Everything in the parameters but the tensor maps. */
 static void fqla__cuda_forward_params(const fqla__run *run, fqla__forward_params *p) {
     const fqla_plan_desc *d = &run->plan->desc;
+    const fqla__cuda_layout layout = fqla__cuda_workspace(run->plan);
     memset(p, 0, sizeof *p);
     p->g = run->g, p->beta = run->beta;
     p->A_log = run->A_log, p->dt_bias = run->dt_bias;
     p->h0 = run->h0, p->ht = run->ht;
     p->q_rows = run->q;
-    p->o = run->o;
+    p->o_rows = run->o;
     p->snapshots = run->snapshots;
     p->state_in = run->state_in, p->state_out = run->state_out;
     p->bad_index_count = run->bad_index_count;
-    p->table = (const int64_t *)run->plan->cuda.table;
+    p->table = (const fqla__device_table *)run->plan->cuda.table;
     p->prepared = (fqla__prepared_chunk *)run->workspace;
+    p->states = (fqla__kept_state *)((char *)run->workspace + layout.states);
+    p->transitions = (fqla__kept_transition *)((char *)run->workspace + layout.transitions);
     p->q_token = d->strides.q.token, p->q_head = d->strides.q.head;
     p->g_token = d->strides.g.token, p->g_head = d->strides.g.head;
     p->beta_token = d->strides.beta.token, p->beta_head = d->strides.beta.head;
@@ -134,26 +201,41 @@ static void fqla__cuda_forward_params(const fqla__run *run, fqla__forward_params
     p->pool_size = d->pool_size;
     p->checkpoint_every = run->snapshots != NULL ? d->checkpoint_every : 0;
     p->decode_tokens = run->decode_tokens;
-    p->heads_per_block = fqla__cuda_heads_per_block(run->plan);
+    p->heads_per_block = fqla__cuda_heads_per_block(d);
     p->load_rows = run->decode_tokens > 0 ? 1 : FQLA__CHUNK_ROWS;
     p->scale = d->scale;
+    p->warm_up_log2 = (float)log2((double)d->warm_up_tolerance);
 }
 
-/* Of a kernel's two variants, given the one for bfloat16, the plan's. */
-static int fqla__cuda_variant(const fqla_plan *plan, int bf16_kernel) { return bf16_kernel + (plan->desc.dtype == FQLA_DTYPE_FP16); }
+/* Of a kernel's two variants, given the one for bfloat16, the plan's; scan has but one. */
+static int fqla__cuda_variant(const fqla_plan *plan, int kernel) {
+    return kernel != FQLA__KERNEL_SCAN && plan->desc.dtype == FQLA_DTYPE_FP16 ? kernel + 1 : kernel;
+}
 
 static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summary) {
-    const char *prepare = fqla__kernels[fqla__cuda_variant(plan, FQLA__KERNEL_PREPARE_BF16)].name;
-    const char *forward = fqla__kernels[fqla__cuda_variant(plan, FQLA__KERNEL_FORWARD_BF16)].name, *form = plan->context->summary.kernel_form;
-    snprintf(summary->forward, sizeof summary->forward, "cuda %s, %s (%s)", prepare, forward, form);
-    snprintf(summary->decode, sizeof summary->decode, "cuda %s, %s (%s), as sequences of one token; no more than one", prepare, forward, form);
+    const fqla__schedule *schedule = &plan->cuda.schedule;
+    const char *type = plan->desc.dtype == FQLA_DTYPE_FP16 ? "fp16" : "bf16", *form = plan->context->summary.kernel_form;
+    const int32_t step = schedule->segment_chunks;
+    int32_t n;
+    summary->v_split = schedule->v_split;
+    for (n = 0; n < plan->num_seqs; n++) {
+        const int64_t chunks = fqla__ceil_div(plan->cu_seqlens[n + 1] - plan->cu_seqlens[n], FLASHQLA_CHUNK);
+        if (step > 0 && fqla__ceil_div(chunks, step) > summary->segments) summary->segments = (int32_t)fqla__ceil_div(chunks, step);
+    }
+    snprintf(summary->forward, sizeof summary->forward, "cuda prepare, %sforward%s, %s (%s)", schedule->extra_segments > 0 ? "states, scan, " : "",
+             schedule->v_split == 2 ? "_half" : "", type, form);
+    snprintf(summary->decode, sizeof summary->decode, "cuda prepare, forward, %s (%s), as sequences of one token; no more than one", type, form);
     snprintf(summary->backward, sizeof summary->backward, "none: CUDA has no backward kernels yet");
-    snprintf(summary->schedule, sizeof summary->schedule,
-             "prepare: a block for %d v-heads of a chunk; forward: a block for each of %d v-heads of up to %d sequences",
-             (int)fqla__cuda_heads_per_block(plan), (int)plan->desc.heads_v, (int)plan->desc.max_seqs);
+    if (step > 0)
+        snprintf(summary->schedule, sizeof summary->schedule,
+                 "V over %d block%s, segments of %d chunks: %.0f us by the model, uncut %.0f", (int)schedule->v_split,
+                 schedule->v_split == 2 ? "s" : "", (int)step, schedule->microseconds, schedule->uncut);
+    else
+        snprintf(summary->schedule, sizeof summary->schedule, "V over %d block%s, sequences uncut: %.0f us by the model", (int)schedule->v_split,
+                 schedule->v_split == 2 ? "s" : "", schedule->microseconds);
 }
 
-/* The tensor map of [rows, heads, 128], read in boxes of box_rows rows of 64 columns of one head. */
+/* The tensor map of [heads, rows, 128], read in boxes of box_rows rows of 64 columns of one head. */
 static fqla_status fqla__cuda_tensor_map(const fqla__run *run, const char *function, fqla__tensor_map *map, const void *tensor,
                                          int32_t heads, const fqla_strides *strides, int32_t box_rows) {
     const fqla_plan_desc *d = &run->plan->desc;
@@ -164,9 +246,9 @@ static fqla_status fqla__cuda_tensor_map(const fqla__run *run, const char *funct
     uint32_t box[3];
     fqla_status status;
     while ((uintptr_t)aligned % 128 != 0) aligned++;
-    dims[0] = 128, dims[1] = (uint64_t)heads, dims[2] = rows > 0 ? (uint64_t)rows : 1;
-    byte_strides[0] = (uint64_t)strides->head * 2, byte_strides[1] = (uint64_t)strides->token * 2;
-    box[0] = FQLA__LOAD_COLUMNS, box[1] = 1, box[2] = (uint32_t)box_rows;
+    dims[0] = 128, dims[1] = rows > 0 ? (uint64_t)rows : 1, dims[2] = (uint64_t)heads;
+    byte_strides[0] = (uint64_t)strides->token * 2, byte_strides[1] = (uint64_t)strides->head * 2;
+    box[0] = FQLA__LOAD_COLUMNS, box[1] = (uint32_t)box_rows, box[2] = 1;
     status = fqla__cuda_check(run->plan->context, function, "cuTensorMapEncodeTiled",
                               run->plan->context->cuda.driver.cuTensorMapEncodeTiled(
                                   aligned, type, 3, (void *)(uintptr_t)tensor, dims, byte_strides, box, element_strides,
@@ -175,25 +257,39 @@ static fqla_status fqla__cuda_tensor_map(const fqla__run *run, const char *funct
     return status;
 }
 
-static fqla_status fqla__cuda_launch(const fqla_plan *plan, const char *function, int kernel, int64_t blocks, unsigned int threads,
+/* dependent: the kernel waits itself for the one before it, so that its blocks may start while that one runs. */
+static fqla_status fqla__cuda_launch(const fqla_plan *plan, const char *function, int kernel, int64_t blocks, unsigned int threads, bool dependent,
                                      fqla__forward_params *params, fqla_stream stream) {
     const fqla__cuda_device *cuda = &plan->context->cuda;
     const int variant = fqla__cuda_variant(plan, kernel);
+    fqla__cuda_launch_attribute attribute;
+    fqla__cuda_launch_config config;
     void *parameters[1];
     parameters[0] = params;
-    return fqla__cuda_check(plan->context, function, "cuLaunchKernel",
-                            cuda->driver.cuLaunchKernel(cuda->functions[variant], (unsigned int)blocks, 1, 1, threads, 1, 1,
-                                                        (unsigned int)fqla__kernels[variant].shared_bytes, stream, parameters, NULL));
+    memset(&attribute, 0, sizeof attribute);
+    attribute.id = FQLA__CUDA_LAUNCH_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmatic_stream_serialization_allowed = 1;
+    memset(&config, 0, sizeof config);
+    config.grid_x = (unsigned int)blocks, config.grid_y = config.grid_z = 1;
+    config.block_x = threads, config.block_y = config.block_z = 1;
+    config.shared_bytes = (unsigned int)fqla__kernels[variant].shared_bytes;
+    config.stream = stream;
+    config.attributes = &attribute;
+    config.attribute_count = dependent ? 1 : 0;
+    return fqla__cuda_check(plan->context, function, "cuLaunchKernelEx",
+                            cuda->driver.cuLaunchKernelEx(&config, cuda->functions[variant], parameters, NULL));
 }
 
-/* Everything else that can fail comes before the two launches. Where the second itself fails the first still runs: it writes the
+/* Everything else that can fail comes before the launches. Where a later one fails those before it still run: they write the
    workspace alone. */
 static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) {
     const fqla_plan *plan = run->plan;
     const fqla_plan_desc *d = &plan->desc;
     const fqla_tensor_strides *s = &d->strides;
-    const char *function = run->decode_tokens > 0 ? "fqla_decode" : "fqla_forward";
-    const int64_t chunks = run->decode_tokens > 0 ? d->max_seqs : fqla__cuda_max_chunks(d);
+    const bool decode = run->decode_tokens > 0, cut = !decode && plan->cuda.schedule.extra_segments > 0, half = !decode && plan->cuda.schedule.v_split == 2;
+    const char *function = decode ? "fqla_decode" : "fqla_forward";
+    const int64_t chunks = decode ? d->max_seqs : fqla__cuda_max_chunks(d), heads = d->heads_v;
+    const int64_t segments = decode ? d->max_seqs : fqla__cuda_max_segments(plan), kept = fqla__cuda_max_kept(plan);
     fqla__forward_params p;
     fqla_status status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
@@ -201,12 +297,17 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     if ((status = fqla__cuda_check_stream(plan->context, function, stream)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.q, run->q, d->heads_qk, &s->q, p.load_rows)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.k, run->k, d->heads_qk, &s->k, p.load_rows)) == FQLA_OK &&
-        (status = fqla__cuda_tensor_map(run, function, &p.v, run->v, d->heads_v, &s->v, p.load_rows)) == FQLA_OK)
-        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_PREPARE_BF16, chunks * d->heads_v / p.heads_per_block,
-                                   FQLA__PREPARE_THREADS, &p, stream);
+        (status = fqla__cuda_tensor_map(run, function, &p.v, run->v, d->heads_v, &s->v, p.load_rows)) == FQLA_OK &&
+        (status = fqla__cuda_tensor_map(run, function, &p.o, run->o, d->heads_v, &s->o, p.load_rows)) == FQLA_OK)
+        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_PREPARE_BF16, chunks * heads / p.heads_per_block, FQLA__PREPARE_THREADS, false,
+                                   &p, stream);
+    if (status == FQLA_OK && cut)
+        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_STATES_BF16, kept * heads * 4, FQLA__STATES_THREADS, true, &p, stream);
+    if (status == FQLA_OK && cut)
+        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_SCAN, kept * heads * 2, FQLA__SCAN_THREADS, true, &p, stream);
     if (status == FQLA_OK)
-        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_FORWARD_BF16, (int64_t)d->heads_v * d->max_seqs, FQLA__FORWARD_THREADS, &p,
-                                   stream);
+        status = fqla__cuda_launch(plan, function, half ? FQLA__KERNEL_FORWARD_HALF_BF16 : FQLA__KERNEL_FORWARD_BF16, segments * heads * (half ? 2 : 1),
+                                   half ? FQLA__HALF_THREADS : FQLA__FORWARD_THREADS, true, &p, stream);
     fqla__cuda_leave(plan->context);
     return status;
 }

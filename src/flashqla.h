@@ -13,8 +13,8 @@
 #include "cpu_pool.h"
 #ifndef FLASHQLA_NO_CUDA
 #include "library.h"
-#include "cuda_driver.h"
 #include "cuda_params.h"
+#include "cuda_driver.h"
 #include "cuda_kernels.h"
 #endif
 #include "objects.h"
@@ -29,6 +29,7 @@
 #include "cpu_backward.h"
 #ifndef FLASHQLA_NO_CUDA
 #include "cuda_device.h"
+#include "cuda_schedule.h"
 #include "cuda_forward.h"
 #else
 #include "cuda_absent.h"

@@ -111,6 +111,8 @@ static fqla_status fqla__plan_resolve(const fqla_context *context, fqla_plan_des
         (status = fqla__check_range(log, "num_seqs", d->num_seqs, 1, 1 << 20)) != FQLA_OK ||
         (status = fqla__check_range(log, "padded_len", d->padded_len, 0, INT32_MAX)) != FQLA_OK ||
         (status = fqla__check_range(log, "max_tokens", d->max_tokens, 0, INT32_MAX)) != FQLA_OK ||
+        (status = fqla__check_range(log, "v_split", d->v_split, 0, 2)) != FQLA_OK ||
+        (status = fqla__check_range(log, "segment_chunks", d->segment_chunks, -1, INT32_MAX / FLASHQLA_CHUNK)) != FQLA_OK ||
         (status = fqla__check_range(log, "pool_size", d->pool_size, 0, INT32_MAX)) != FQLA_OK ||
         (status = fqla__check_range(log, "checkpoint_every", d->checkpoint_every, 0, INT32_MAX / FLASHQLA_CHUNK)) != FQLA_OK)
         return status;
@@ -136,6 +138,10 @@ static fqla_status fqla__plan_resolve(const fqla_context *context, fqla_plan_des
                           "plan_desc.negative_eigenvalues is 1; it scales the sigmoid and needs beta = FQLA_BETA_SIGMOID");
     if (!(d->scale >= -3.0e38f && d->scale <= 3.0e38f))
         return fqla__fail(log, FQLA_ERROR_INVALID_VALUE, "plan_desc.scale is %g; it is finite", (double)d->scale);
+    if (!(d->warm_up_tolerance == 0.0f || (d->warm_up_tolerance >= 1e-30f && d->warm_up_tolerance <= 1.0f)))
+        return fqla__fail(log, FQLA_ERROR_INVALID_VALUE, "plan_desc.warm_up_tolerance is %g; 1e-30 to 1, or 0 for 1e-7",
+                          (double)d->warm_up_tolerance);
+    if (d->warm_up_tolerance == 0.0f) d->warm_up_tolerance = 1e-7f;
     if (d->scale == 0.0f) d->scale = (float)(1.0 / sqrt((double)d->dim_k));
     if (d->backward && d->gate == FQLA_GATE_LINEAR)
         return fqla__fail(log, FQLA_ERROR_UNSUPPORTED, "plan_desc.backward is 1 with gate LINEAR; the backward takes LOG and RAW");
@@ -162,6 +168,10 @@ static fqla_status fqla__plan_resolve(const fqla_context *context, fqla_plan_des
         d->max_tokens = d->cu_seqlens[d->num_seqs] > 0 ? d->cu_seqlens[d->num_seqs] : 0;
     }
     if ((status = fqla__check_seqlens(log, d, d->num_seqs, d->cu_seqlens)) != FQLA_OK) return status;
+
+    if (d->segment_chunks > 0 && ((int64_t)d->max_tokens + FLASHQLA_CHUNK - 1) / FLASHQLA_CHUNK > 64 * (int64_t)d->segment_chunks)
+        return fqla__fail(log, FQLA_ERROR_INVALID_SIZE, "plan_desc.segment_chunks is %d; a sequence of max_tokens, which is %d, has at most 64 segments",
+                          (int)d->segment_chunks, (int)d->max_tokens);
 
     rows = d->max_tokens;
     bytes = fqla__dtype_size(d->dtype);

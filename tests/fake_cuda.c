@@ -62,7 +62,8 @@ typedef struct context {
 
 typedef struct stream {
     context *owner;
-    int alive, capture; /* 1: active, 2: broken */
+    int alive, capture;   /* 1: active, 2: broken */
+    int captured_kernels; /* of the capture that is going on */
 } stream;
 
 typedef struct function {
@@ -97,7 +98,7 @@ typedef struct pending {
     struct pending *next;
 } pending;
 
-enum { MAX_DEVICES = 8, MAX_OBJECTS = 4096, MAX_RECORDS = 256, MAX_STACK = 32 };
+enum { MAX_DEVICES = 8, MAX_OBJECTS = 1 << 14, MAX_RECORDS = 256, MAX_STACK = 32 };
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 #define H200 {.devices = 1, .major = 9, .multiprocessors = 132, .driver_version = 13000, .memory = (size_t)1 << 30}
@@ -593,38 +594,174 @@ FAKE_CUDA_API CUresult cuTensorMapEncodeTiled(void *map, int type, uint32_t rank
     return end(CUDA_SUCCESS);
 }
 
-FAKE_CUDA_API CUresult cuLaunchKernel(void *handle, unsigned int grid_x, unsigned int grid_y, unsigned int grid_z,
-                                      unsigned int block_x, unsigned int block_y, unsigned int block_z, unsigned int shared_bytes,
-                                      void *stream_handle, void **parameters, void **extra) {
-    CUresult result = begin("cuLaunchKernel", NEEDS_CONTEXT);
+/* CUlaunchAttribute and CUlaunchConfig, for the one attribute that is asked for. */
+typedef struct launch_attribute {
+    int id; /* 6: programmatic stream serialization */
+    char padding[4];
+    union {
+        int allowed;
+        char bytes[64];
+    } value;
+} launch_attribute;
+
+typedef struct launch_config {
+    unsigned int grid[3], block[3], shared_bytes;
+    void *stream;
+    const launch_attribute *attributes;
+    unsigned int num_attributes;
+} launch_config;
+
+FAKE_CUDA_API CUresult cuLaunchKernelEx(const launch_config *config, void *handle, void **parameters, void **extra) {
+    CUresult result = begin("cuLaunchKernelEx", NEEDS_CONTEXT);
     function *f = valid_function(handle);
     fake_cuda_launch record;
-    int captured;
-    if (result == CUDA_SUCCESS) result = use_stream("cuLaunchKernel", stream_handle, &captured);
+    int captured, i;
+    if (result == CUDA_SUCCESS) result = use_stream("cuLaunchKernelEx", config->stream, &captured);
     if (result != CUDA_SUCCESS) return end(result);
-    if (f == NULL) return end(breach(CUDA_ERROR_INVALID_HANDLE, "cuLaunchKernel of a function that does not exist"));
+    if (f == NULL) return end(breach(CUDA_ERROR_INVALID_HANDLE, "cuLaunchKernelEx of a function that does not exist"));
     if (f->module->owner != current())
-        return end(breach(CUDA_ERROR_INVALID_CONTEXT, "cuLaunchKernel of another context's function"));
-    if (grid_x < 1 || grid_x > 0x7fffffffu || grid_y < 1 || grid_y > 65535 || grid_z < 1 || grid_z > 65535 || block_x < 1 ||
-        block_y < 1 || block_z < 1 || (uint64_t)block_x * block_y * block_z > 1024)
-        return end(breach(CUDA_ERROR_INVALID_VALUE, "cuLaunchKernel: grid or block"));
-    if (shared_bytes > (unsigned int)f->shared_limit)
-        return end(breach(CUDA_ERROR_INVALID_VALUE, "cuLaunchKernel: %u bytes of shared memory over %d", shared_bytes,
+        return end(breach(CUDA_ERROR_INVALID_CONTEXT, "cuLaunchKernelEx of another context's function"));
+    for (i = 0; i < 3; i++)
+        if (config->grid[i] < 1 || config->grid[i] > (i == 0 ? 0x7fffffffu : 65535u) || config->block[i] < 1)
+            return end(breach(CUDA_ERROR_INVALID_VALUE, "cuLaunchKernelEx: grid or block"));
+    if ((uint64_t)config->block[0] * config->block[1] * config->block[2] > 1024)
+        return end(breach(CUDA_ERROR_INVALID_VALUE, "cuLaunchKernelEx: over 1024 threads"));
+    if (config->shared_bytes > (unsigned int)f->shared_limit)
+        return end(breach(CUDA_ERROR_INVALID_VALUE, "cuLaunchKernelEx: %u bytes of shared memory over %d", config->shared_bytes,
                           f->shared_limit));
     if (parameters == NULL || parameters[0] == NULL || extra != NULL || machine.parameter_bytes > FAKE_CUDA_PARAMETER_BYTES)
-        return end(breach(CUDA_ERROR_INVALID_VALUE, "cuLaunchKernel: parameters"));
+        return end(breach(CUDA_ERROR_INVALID_VALUE, "cuLaunchKernelEx: parameters"));
+    if (config->num_attributes > 1 ||
+        (config->num_attributes == 1 && (config->attributes == NULL || config->attributes[0].id != 6)))
+        return end(breach(CUDA_ERROR_INVALID_VALUE, "cuLaunchKernelEx: attributes"));
     memset(&record, 0, sizeof record);
     memcpy(record.kernel, f->name, sizeof record.kernel);
-    record.grid[0] = grid_x, record.grid[1] = grid_y, record.grid[2] = grid_z;
-    record.block[0] = block_x, record.block[1] = block_y, record.block[2] = block_z;
-    record.shared_bytes = shared_bytes;
-    record.stream = stream_handle;
+    memcpy(record.grid, config->grid, sizeof record.grid);
+    memcpy(record.block, config->block, sizeof record.block);
+    record.shared_bytes = config->shared_bytes;
+    record.dependent = config->num_attributes == 1 && config->attributes[0].value.allowed != 0;
+    record.stream = config->stream;
     record.context = current();
     record.captured = captured;
     memcpy(record.parameters, parameters[0], machine.parameter_bytes);
     if (num_launches < MAX_RECORDS) launches[num_launches] = record;
     num_launches++;
+    if (captured) valid_stream(config->stream)->captured_kernels++;
     return end(CUDA_SUCCESS);
+}
+
+/* ---- graphs and their times, for tools/cuda_graph.c: every kernel of a replay takes a microsecond */
+
+typedef struct graph {
+    int kernels;
+} graph;
+
+typedef struct event {
+    double milliseconds;
+} event;
+
+static double milliseconds; /* of all replays */
+
+static CUresult make(const char *call, size_t bytes, void **handle) {
+    CUresult result = begin(call, NEEDS_CONTEXT);
+    if (result == CUDA_SUCCESS && (*handle = calloc(1, bytes)) == NULL) result = CUDA_ERROR_OUT_OF_MEMORY;
+    return end(result);
+}
+
+static CUresult destroy(const char *call, void *handle) {
+    CUresult result = begin(call, NEEDS_CONTEXT);
+    free(handle);
+    return end(result);
+}
+
+FAKE_CUDA_API CUresult cuStreamCreate(void **handle, unsigned int flags) {
+    CUresult result = begin("cuStreamCreate", NEEDS_CONTEXT);
+    (void)flags;
+    if (result != CUDA_SUCCESS) return end(result);
+    if (num_streams == MAX_OBJECTS) return end(CUDA_ERROR_OUT_OF_MEMORY);
+    streams[num_streams].owner = current();
+    streams[num_streams].alive = 1;
+    *handle = &streams[num_streams++];
+    return end(CUDA_SUCCESS);
+}
+
+FAKE_CUDA_API CUresult cuStreamDestroy_v2(void *handle) {
+    CUresult result = begin("cuStreamDestroy_v2", NEEDS_CONTEXT);
+    if (result != CUDA_SUCCESS && !injected) return end(result);
+    if (valid_stream(handle) == NULL) return end(breach(CUDA_ERROR_INVALID_HANDLE, "cuStreamDestroy of no stream"));
+    valid_stream(handle)->alive = 0;
+    return end(result);
+}
+
+FAKE_CUDA_API CUresult cuStreamBeginCapture_v2(void *handle, int mode) {
+    CUresult result = begin("cuStreamBeginCapture_v2", NEEDS_CONTEXT);
+    (void)mode;
+    if (result != CUDA_SUCCESS) return end(result);
+    if (valid_stream(handle) == NULL || valid_stream(handle)->capture != 0)
+        return end(breach(CUDA_ERROR_INVALID_VALUE, "cuStreamBeginCapture of no stream, or one that is captured"));
+    valid_stream(handle)->capture = 1;
+    valid_stream(handle)->captured_kernels = 0;
+    return end(CUDA_SUCCESS);
+}
+
+FAKE_CUDA_API CUresult cuStreamEndCapture(void *handle, void **graph_handle) {
+    CUresult result = begin("cuStreamEndCapture", NEEDS_CONTEXT);
+    stream *s = valid_stream(handle);
+    graph *made;
+    if (result != CUDA_SUCCESS) return end(result);
+    if (s == NULL || s->capture == 0) return end(breach(CUDA_ERROR_INVALID_VALUE, "cuStreamEndCapture of no capture"));
+    result = s->capture == 1 ? CUDA_SUCCESS : CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+    s->capture = 0;
+    if (result != CUDA_SUCCESS) return end(result);
+    made = (graph *)calloc(1, sizeof *made);
+    if (made == NULL) return end(CUDA_ERROR_OUT_OF_MEMORY);
+    made->kernels = s->captured_kernels;
+    *graph_handle = made;
+    return end(CUDA_SUCCESS);
+}
+
+FAKE_CUDA_API CUresult cuGraphInstantiateWithFlags(void **handle, void *graph_handle, unsigned long long flags) {
+    CUresult result = make("cuGraphInstantiateWithFlags", sizeof(graph), handle);
+    (void)flags;
+    if (result == CUDA_SUCCESS) *(graph *)*handle = *(graph *)graph_handle;
+    return result;
+}
+
+FAKE_CUDA_API CUresult cuGraphLaunch(void *handle, void *stream_handle) {
+    CUresult result = begin("cuGraphLaunch", NEEDS_CONTEXT);
+    int captured;
+    if (result == CUDA_SUCCESS) result = use_stream("cuGraphLaunch", stream_handle, &captured);
+    if (result == CUDA_SUCCESS) milliseconds += 1e-3 * ((graph *)handle)->kernels;
+    return end(result);
+}
+
+FAKE_CUDA_API CUresult cuGraphExecDestroy(void *handle) { return destroy("cuGraphExecDestroy", handle); }
+FAKE_CUDA_API CUresult cuGraphDestroy(void *handle) { return destroy("cuGraphDestroy", handle); }
+
+FAKE_CUDA_API CUresult cuEventCreate(void **handle, unsigned int flags) {
+    (void)flags;
+    return make("cuEventCreate", sizeof(event), handle);
+}
+
+FAKE_CUDA_API CUresult cuEventDestroy_v2(void *handle) { return destroy("cuEventDestroy_v2", handle); }
+
+FAKE_CUDA_API CUresult cuEventRecord(void *handle, void *stream_handle) {
+    CUresult result = begin("cuEventRecord", NEEDS_CONTEXT);
+    int captured;
+    if (result == CUDA_SUCCESS) result = use_stream("cuEventRecord", stream_handle, &captured);
+    if (result == CUDA_SUCCESS) ((event *)handle)->milliseconds = milliseconds;
+    return end(result);
+}
+
+FAKE_CUDA_API CUresult cuEventSynchronize(void *handle) {
+    (void)handle;
+    return end(begin("cuEventSynchronize", NEEDS_CONTEXT));
+}
+
+FAKE_CUDA_API CUresult cuEventElapsedTime(float *elapsed, void *start, void *stop) {
+    CUresult result = begin("cuEventElapsedTime", NEEDS_CONTEXT);
+    if (result == CUDA_SUCCESS) *elapsed = (float)(((event *)stop)->milliseconds - ((event *)start)->milliseconds);
+    return end(result);
 }
 
 /* ---- the test's side; none of it counts as a call */

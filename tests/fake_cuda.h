@@ -1,5 +1,6 @@
-/* The fake CUDA driver: libcuda.so.1 without a GPU. It exports the driver's functions that flashqla.h calls; device memory is host
-   memory, copies copy, a launch is written down and nothing runs. This is how a test talks to it, beside the driver's functions. */
+/* The fake CUDA driver: libcuda.so.1 without a GPU. It exports the driver's functions that flashqla.h and the command line call;
+   device memory is host memory, copies copy, a launch is written down and nothing runs. This is how a test talks to it, beside the
+   driver's functions. */
 #ifndef FAKE_CUDA_H
 #define FAKE_CUDA_H
 
@@ -37,6 +38,7 @@ enum { FAKE_CUDA_PARAMETER_BYTES = 1024 };
 typedef struct fake_cuda_launch {
     char kernel[64];
     unsigned int grid[3], block[3], shared_bytes;
+    int dependent;  /* programmatic stream serialization: it may start while the kernel before it still runs */
     void *stream, *context;
     int captured;   /* into a graph: not run */
     unsigned char parameters[FAKE_CUDA_PARAMETER_BYTES];

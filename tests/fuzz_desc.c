@@ -229,6 +229,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         strides[i].head = stride(&in, dim > 0 ? dim : 128);
         strides[i].token = stride(&in, heads * (dim > 0 ? dim : 128));
     }
+    if (byte(&in) % 8 == 0) take(&in, &d.warm_up_tolerance, sizeof d.warm_up_tolerance);
+    if (byte(&in) % 4 == 0) d.v_split = number(&in, 3);
+    if (byte(&in) % 4 == 0) d.segment_chunks = plus_number(&in, -1, 6);
     if (byte(&in) % 3 == 0) d.pool_size = number(&in, 9);
     if (byte(&in) % 3 == 0) d.checkpoint_every = number(&in, 3);
     if (byte(&in) % 2 == 0) d.backward = number(&in, 2);

@@ -155,6 +155,27 @@ TEST padded_plan_info(void) {
     PASS();
 }
 
+/* A forced schedule is told; the CPU has none to force, and takes the fields all the same: one desc for both. */
+TEST forced_schedule_info(void) {
+    static const int32_t cu[4] = { 0, 64, 64, 265 }, other[3] = { 0, 128, 129 };
+    fqla_plan_desc desc = { .heads_qk = 2, .heads_v = 4, .num_seqs = 3, .cu_seqlens = cu, .segment_chunks = 1,
+                            .warm_up_tolerance = 0.5f };
+    fqla_plan_summary summary;
+    for (desc.v_split = 1; desc.v_split <= 2; desc.v_split++) {
+        fqla_plan *plan = NULL;
+        ASSERT_EQ(FQLA_OK, fqla_plan_create(test_shared(), &desc, &plan));
+        ASSERT_EQ(FQLA_OK, fqla_plan_info(plan, &summary));
+        ASSERT_EQ(test_on_cuda() ? desc.v_split : 1, summary.v_split);
+        ASSERT_EQ(test_on_cuda() ? 4 : 1, summary.segments); /* of the longest sequence */
+        ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, 2, other, NULL));
+        ASSERT_EQ(FQLA_OK, fqla_plan_info(plan, &summary));
+        ASSERT_EQ(test_on_cuda() ? desc.v_split : 1, summary.v_split);
+        ASSERT_EQ(test_on_cuda() ? 2 : 1, summary.segments);
+        fqla_plan_destroy(plan);
+    }
+    PASS();
+}
+
 /* The desc's array need not outlive the call. */
 TEST desc_is_copied(void) {
     static test_case c;
@@ -225,6 +246,7 @@ SUITE(api) {
     RUN_TEST(memory);
     RUN_TEST(plan_info);
     RUN_TEST(padded_plan_info);
+    RUN_TEST(forced_schedule_info);
     RUN_TEST(desc_is_copied);
     for (i = 0; i < sizeof updates / sizeof updates[0]; i++) {
         greatest_set_test_suffix(updates[i].name);

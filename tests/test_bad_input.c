@@ -152,6 +152,17 @@ TEST plan_sizes(void) {
     REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "pool_size", "-1", d.pool_size = -1);
     REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "checkpoint_every", "-1", d.checkpoint_every = -1);
     REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "checkpoint_every", "33554432", d.checkpoint_every = 1 << 25);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "v_split", "-1", d.v_split = -1);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "v_split", "3", d.v_split = 3);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "v_split", "-2147483648", d.v_split = INT32_MIN);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "segment_chunks", "-2", d.segment_chunks = -2);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "segment_chunks", "33554432", d.segment_chunks = 1 << 25);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "segment_chunks", "2147483647", d.segment_chunks = INT32_MAX);
+    /* over 64 segments, if all tokens were one sequence's */
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "segment_chunks", "1", d.segment_chunks = 1; d.max_tokens = 64 * 64 + 1);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "max_tokens", "8193", d.segment_chunks = 2; d.max_tokens = 64 * 64 * 2 + 1);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "max_tokens", "4160", d.segment_chunks = 1; d.padded_len = 64; d.max_seqs = 65);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_SIZE, "segment_chunks", "524287", d.segment_chunks = (1 << 19) - 1; d.max_tokens = INT32_MAX);
     PASS();
 }
 
@@ -176,6 +187,29 @@ TEST plan_enums_and_flags(void) {
     REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "scale", "nan", d.scale = NAN);
     REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "scale", "inf", d.scale = INFINITY);
     REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "scale", "-inf", d.scale = -INFINITY);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "warm_up_tolerance", "nan", d.warm_up_tolerance = NAN);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "warm_up_tolerance", "inf", d.warm_up_tolerance = INFINITY);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "warm_up_tolerance", "-1e-07", d.warm_up_tolerance = -1e-7f);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "warm_up_tolerance", "1.5", d.warm_up_tolerance = 1.5f);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "warm_up_tolerance", "1e-31", d.warm_up_tolerance = 1e-31f);
+    PASS();
+}
+
+/* The least and the most of the schedule's fields are taken, on every backend. */
+TEST plan_schedule(void) {
+    static const int32_t v_splits[] = { 1, 2 }, steps[] = { -1, 1, 64, (1 << 25) - 1 };
+    static const float tolerances[] = { 1e-30f, 1e-7f, 1.0f };
+    size_t i;
+    fqla_plan *plan = NULL;
+    for (i = 0; i < 9; i++) {
+        fqla_plan_desc d = good_plan();
+        if (i < 2) d.v_split = v_splits[i];
+        else if (i < 6) d.segment_chunks = steps[i - 2];
+        else d.warm_up_tolerance = tolerances[i - 6];
+        if (d.segment_chunks > 0) d.max_tokens = 64 * 64;
+        ASSERT_EQ(FQLA_OK, fqla_plan_create(test_shared(), &d, &plan));
+        fqla_plan_destroy(plan);
+    }
     PASS();
 }
 
@@ -643,6 +677,7 @@ SUITE(bad_input) {
     RUN_TEST(plan_nulls);
     RUN_TEST(plan_sizes);
     RUN_TEST(plan_enums_and_flags);
+    RUN_TEST(plan_schedule);
     RUN_TEST(plan_unsupported);
     RUN_TEST(plan_cu_seqlens);
     RUN_TEST(plan_strides);

@@ -1,9 +1,10 @@
 #!/bin/sh
-# test_cli.sh FLASHQLA CLI_FILES: the command line's words and exit codes: misuse, files that are no good, round trips of good ones.
-# Says what did not hold, and at the end how many checks there were; exit 1 if one did not hold.
+# test_cli.sh FLASHQLA CLI_FILES FAKE_CUDA: the command line's words and exit codes: misuse, files that are no good, round trips of
+# good ones. FAKE_CUDA: the folder of the fake driver. Says what did not hold, and at the end how many checks there were; exit 1 if
+# one did not hold.
 set -u
-flashqla=$1 cli_files=$2
-for program in "$flashqla" "$cli_files"; do
+flashqla=$1 cli_files=$2 fake_cuda=$3
+for program in "$flashqla" "$cli_files" "$fake_cuda/libcuda.so.1"; do
     [ -x "$program" ] || { echo "test_cli: no program $program" && exit 1; }
 done
 dir=$(mktemp -d)
@@ -63,6 +64,11 @@ misuse bench --row 'fwd 1 x 64'
 misuse bench --row 'sideways 1 2 64'
 misuse bench --row 'decode 1 2 0'
 misuse bench --row 'fwd 1 2 64' stray
+misuse bench --all-plans
+misuse bench --all-plans=1 --row 'fwd 1 2 64'
+misuse bench --all-plans --row 'fwd 1 2 64' --against "$0"
+misuse bench --all-plans --row 'bwd 1 2 64' --row 'decode 1 2 3'
+misuse bench --all-plans --row 'fwd 1 2'
 misuse info stray
 for command in info run check bench; do
     misuse $command --no-such-option
@@ -287,6 +293,39 @@ printf '# none\n' >"$dir/rows" && expect 1 'no rows' bench --rows "$dir/rows"
 expect 1 'cannot be read' bench --rows "$dir/absent"
 echo '{"op": "fwd"' >"$dir/peers" && expect 1 'peers:1' bench --row 'fwd 1 2 64' --against "$dir/peers"
 expect 1 'cannot be written' bench --backend cpu --row 'fwd 1 2 64' --json "$dir/no/such/folder"
+
+# ---- bench --all-plans: nothing to choose on the CPU; on a GPU every choice, here on the fake, where a launch takes a microsecond
+misuse bench --all-plans --backend cpu --row 'fwd 1 2 64'
+expect 2 'needs a GPU.*nothing to choose (CUDA: not asked' bench --all-plans --backend cpu --row 'fwd 1 2 64' --json "$dir/never"
+if [ -e "$dir/never" ]; then report no "bench --all-plans on the CPU wrote $dir/never"; fi
+expect 0 '' bench --help
+says '--all-plans'
+export LD_LIBRARY_PATH="$fake_cuda"
+expect 0 '' bench --backend cuda --row 'fwd 1 2 64,0,7' --row 'decode 1 2 3' --json "$dir/json"
+says 'on Fake GPU 0, bf16'
+[ "$(grep -c '"ms":{"ours":0.002}' "$dir/json")" -eq 2 ] && report yes || report no 'a prepare and a forward are two launches'
+expect 0 '' bench --backend cuda --row 'bwd 1 2 64'
+says 'unsupported'
+eight=1024,1024,1024,1024,1024,1024,1024,1024
+expect 0 '' bench --all-plans --row 'fwd 2 8 8192' --row 'decode 1 2 3' --row "fwd 1 1 $eight" --json "$dir/json"
+says '^fwd 2/8 1x8192$'
+says '^decode 1/2 3: no fwd row, left out$'
+# V in, segments, chunks each, time, the model's; the marked line comes first
+[ "$(grep -c '^ \* ' "$dir/out")" -eq 2 ] && report yes || report no 'not one choice of each row is marked'
+says '^ \* .* 0\.00[24]0 .*[0-9]$'
+says '^ *1 *1 *- *0\.0020 *[0-9.]*$'
+says '^ *2 *1 *- *0\.0020 *[0-9.]*$'
+says '^ *1 *2 *64 *0\.0040 *[0-9.]*$'
+says '^ *2 *32 *4 *0\.0040 *[0-9.]*$'
+says "the plan's own choice, V in [12], [0-9]* segments*, lost [0-9.]*% against V in [12], 1 segment$"
+tail -n 1 "$dir/out" | grep -q "^2 rows: the plan's own choice lost [0-9.]*% at most (fwd .*), [0-9.]*% in the mean$" &&
+    report yes || report no 'the losses do not come last'
+# 27 of the first row, 13 of the second, where segments of one chunk are refused: of all tokens that were over 64
+line='^{"op":"plan","h_qk":2,"h_v":8,"lens":\[8192\],"v_split":[12],"segment_chunks":-*[1-9][0-9]*,"ms":0.00[24],'
+line=$line'"auto":[a-z]*,"model":[0-9.]*}$'
+[ "$(grep -c "$line" "$dir/json")" -eq 27 ] && report yes || report no 'the JSON lines lack something'
+[ "$(wc -l <"$dir/json")" -eq 40 ] && report yes || report no 'not 40 choices'
+[ "$(grep -c '"auto":true' "$dir/json")" -eq 2 ] && report yes || report no 'not one JSON line of a row is the own choice'
 
 echo "test_cli: $checks checks, $wrong wrong"
 [ $wrong -eq 0 ]

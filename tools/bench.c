@@ -1,4 +1,5 @@
 /* flashqla bench: times of shapes, beside a floor and beside peers. */
+#include "bench_plans.h"
 #include "bench_time.h"
 
 #include <cjson/cJSON.h>
@@ -26,6 +27,10 @@ static const char usage[] =
     "  --row ROW       one row, as --row \"fwd 16 32 8192\"; any number of times\n"
     "  --against FILE  peers' times, JSON lines { op, h_qk, h_v, lens, ms: { name: ms } }; any number of times\n"
     "  --json OUT      write such lines, ours as ms.ours, with plan, floor (ms), tflops and gbs\n"
+    "  --all-plans     on a GPU, of every fwd row: the time of each way in which a plan can spread it (V over one block or two,\n"
+    "                  sequences whole or cut into so many segments), beside the time that the plan's model expects; what the\n"
+    "                  plan's own choice lost against the best. --json then has a line a choice: { op: \"plan\", h_qk, h_v, lens,\n"
+    "                  v_split, segment_chunks (-1: whole), ms, auto (the plan's own choice), model (ms) }\n"
     COMMON_OPTIONS;
 
 enum { MOST_PEERS = 8 };
@@ -67,15 +72,8 @@ static void print_head(const bench *b) {
 }
 
 static void write_json(bench *b, const row *r, const timing *t, double tflops, double gbs, const char *plan, bool timed) {
-    cJSON *json = cJSON_CreateObject(), *item;
-    char *text;
+    cJSON *json = row_json(r, operation_names[r->op]), *item = cJSON_AddObjectToObject(json, "ms");
     int n;
-    cJSON_AddStringToObject(json, "op", operation_names[r->op]);
-    cJSON_AddNumberToObject(json, "h_qk", r->heads_qk);
-    cJSON_AddNumberToObject(json, "h_v", r->heads_v);
-    if (r->op == DECODE) cJSON_AddNumberToObject(json, "batch", r->num_seqs);
-    else cJSON_AddItemToObject(json, "lens", cJSON_CreateIntArray(r->lens, r->num_seqs));
-    item = cJSON_AddObjectToObject(json, "ms");
     if (timed) cJSON_AddNumberToObject(item, "ours", round(t->seconds * 1e8) / 1e5);
     else cJSON_AddNullToObject(item, "ours");
     for (n = 0; n < b->name_count; n++) {
@@ -88,11 +86,7 @@ static void write_json(bench *b, const row *r, const timing *t, double tflops, d
         cJSON_AddNumberToObject(json, "tflops", round(tflops * 1e4) / 1e4);
         cJSON_AddNumberToObject(json, "gbs", round(gbs * 1e2) / 1e2);
     }
-    text = cJSON_PrintUnformatted(json);
-    if (text != NULL) fprintf(b->json, "%s\n", text);
-    fflush(b->json);
-    cJSON_free(text);
-    cJSON_Delete(json);
+    write_json_line(json, b->json);
 }
 
 static void print_row(bench *b, const row *r, const char *label, const timing *t) {
@@ -142,6 +136,17 @@ static void print_means(const bench *b) {
     }
 }
 
+/* A row's time with the plan's own choice. */
+static fqla_status time_row(bench *b, const row *r, timing *t, char *error) {
+    const spread own = { 0, 0 };
+    bench_inputs *inputs;
+    fqla_status status = bench_inputs_make(&b->lib, b->graph, r, &inputs, error);
+    if (status != FQLA_OK) return status;
+    status = bench_time(inputs, own, t, error);
+    bench_inputs_free(inputs);
+    return status;
+}
+
 /* True: every row was timed, or is one that the backend refuses by name. */
 static bool run_rows(bench *b) {
     const bool terminal = isatty(STDERR_FILENO);
@@ -153,10 +158,11 @@ static bool run_rows(bench *b) {
         char label[64], error[ERROR_SIZE];
         fqla_status status;
         timing t;
+        memset(&t, 0, sizeof t);
         row_label(r, label, sizeof label);
         fflush(stdout);
         if (terminal) fprintf(stderr, "[%d/%d] %s", i + 1, b->rows.count, label);
-        status = bench_time(&b->lib, b->graph, r, &t, error);
+        status = time_row(b, r, &t, error);
         if (terminal) fprintf(stderr, "\r%*s\r", 40 + (int)strlen(label), "");
         if (status == FQLA_OK) {
             print_row(b, r, label, &t);
@@ -193,12 +199,26 @@ fail:
     return false;
 }
 
-static int run_bench(const arguments *args, bench *b, const char *json) {
+/* Rows that a plan for a GPU can be spread over. */
+static bool any_forward(const row_list *rows) {
+    int i;
+    for (i = 0; i < rows->count; i++)
+        if (rows->rows[i].op == FORWARD) return true;
+    return false;
+}
+
+static int run_bench(const arguments *args, bench *b, const char *json, bool all_plans) {
     char error[ERROR_SIZE];
     bool ok;
     if (!library_open(&b->lib, args->backend, args->threads)) {
         complain("%s", b->lib.message);
         return FAILURE;
+    }
+    if (all_plans && b->lib.summary.backend != FQLA_BACKEND_CUDA) {
+        misuse("bench", "--all-plans needs a GPU, for on the CPU a plan has nothing to choose (CUDA: %s)",
+               b->lib.summary.cuda_status);
+        library_close(&b->lib);
+        return MISUSE;
     }
     if (b->lib.summary.backend == FQLA_BACKEND_CUDA) {
         b->graph = cuda_graph_open(0, error);
@@ -214,7 +234,7 @@ static int run_bench(const arguments *args, bench *b, const char *json) {
         ok = b->json != NULL;
         if (!ok) complain("%s: cannot be written: %s", json, strerror(errno));
     }
-    if (ok) ok = run_rows(b);
+    if (ok) ok = all_plans ? bench_plans(&b->lib, b->graph, &b->rows, b->json) : run_rows(b);
     if (b->json != NULL) {
         const bool written = !ferror(b->json);
         if (fclose(b->json) != 0 || !written) {
@@ -229,23 +249,31 @@ static int run_bench(const arguments *args, bench *b, const char *json) {
 
 int bench_command(int argc, char **argv) {
     const char *rows = NULL, *json = NULL;
+    bool all_plans = false;
     text_list row_texts = { NULL, 0 }, against = { NULL, 0 };
     const option options[] = { { "--rows", NULL, &rows, NULL },
                                { "--row", NULL, NULL, &row_texts },
                                { "--against", NULL, NULL, &against },
                                { "--json", NULL, &json, NULL },
+                               { "--all-plans", &all_plans, NULL, NULL },
                                { NULL, NULL, NULL, NULL } };
     arguments args;
     bench b;
-    int exit_code;
+    int exit_code = MISUSE;
     memset(&b, 0, sizeof b);
     if (!parse_arguments(argc, argv, usage, options, &args, &exit_code)) return exit_code;
     if (args.files.count > 0 || (rows == NULL && row_texts.count == 0)) {
         if (args.files.count > 0) misuse("bench", "\"%s\" is one too many", args.files.items[0]);
         else misuse("bench", "--rows FILE is needed");
-        exit_code = MISUSE;
+    } else if (all_plans && against.count > 0) {
+        misuse("bench", "--all-plans compares plans with each other; --against has no place there");
     } else if (read_input(&b, rows, &row_texts, &against, &exit_code)) {
-        exit_code = run_bench(&args, &b, json);
+        if (!all_plans || any_forward(&b.rows)) {
+            exit_code = run_bench(&args, &b, json, all_plans);
+        } else {
+            misuse("bench", "--all-plans is about fwd rows, and there is none");
+            exit_code = MISUSE;
+        }
     }
     rows_free(&b.rows);
     peers_free(&b.peers);

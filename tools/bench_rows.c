@@ -144,6 +144,24 @@ void row_label(const row *r, char *label, size_t size) {
     else snprintf(label + length, size - (size_t)length, "%d of %lld", (int)r->num_seqs, (long long)r->tokens);
 }
 
+cJSON *row_json(const row *r, const char *op) {
+    cJSON *json = cJSON_CreateObject();
+    cJSON_AddStringToObject(json, "op", op);
+    cJSON_AddNumberToObject(json, "h_qk", r->heads_qk);
+    cJSON_AddNumberToObject(json, "h_v", r->heads_v);
+    if (r->op == DECODE) cJSON_AddNumberToObject(json, "batch", r->num_seqs);
+    else cJSON_AddItemToObject(json, "lens", cJSON_CreateIntArray(r->lens, r->num_seqs));
+    return json;
+}
+
+void write_json_line(cJSON *json, FILE *file) {
+    char *text = cJSON_PrintUnformatted(json);
+    if (text != NULL) fprintf(file, "%s\n", text);
+    fflush(file);
+    cJSON_free(text);
+    cJSON_Delete(json);
+}
+
 static bool same_row(const row *a, const row *b) {
     return a->op == b->op && a->heads_qk == b->heads_qk && a->heads_v == b->heads_v && a->num_seqs == b->num_seqs &&
            memcmp(a->lens, b->lens, (size_t)a->num_seqs * sizeof a->lens[0]) == 0;

@@ -2,6 +2,8 @@
 #ifndef BENCH_ROWS_H
 #define BENCH_ROWS_H
 
+#include <stdio.h>
+
 #include "safetensors.h"
 
 typedef enum operation { FORWARD, BACKWARD, DECODE, OPERATION_COUNT } operation;
@@ -29,6 +31,11 @@ void rows_free(row_list *list);
 
 /* "fwd 16/64 8x4096" */
 void row_label(const row *r, char *label, size_t size);
+
+/* A row as JSON, to be added to: { "op", "h_qk", "h_v", "lens" or "batch" }. */
+struct cJSON *row_json(const row *r, const char *op);
+/* Written as one line, and deleted. */
+void write_json_line(struct cJSON *json, FILE *file);
 
 /* What another library took for a row. */
 typedef struct peer {

@@ -54,8 +54,9 @@ static void normalise(float *values, size_t count) {
 
 // >>buffers
 
-typedef struct run {
+struct bench_inputs {
     library *lib;
+    cuda_graph *graph;
     const row *row;
     fqla_dtype dtype;
     fqla_plan *plan;
@@ -66,7 +67,8 @@ typedef struct run {
     int count;
     fqla_status status; /* what went wrong first */
     uint64_t random;
-} run;
+};
+typedef struct bench_inputs run;
 
 static void *make_buffer(run *r, size_t bytes) {
     void *buffer = NULL;
@@ -153,7 +155,7 @@ static void make_gates(run *r, const void **g, const void **beta) {
 
 // >>the runs
 
-static void make_plan(run *r) {
+static void make_plan(run *r, spread s) {
     const row *w = r->row;
     fqla_plan_desc desc;
     int32_t n, *cu_seqlens = allocate(r, ((size_t)w->num_seqs + 1) * sizeof *cu_seqlens);
@@ -167,6 +169,8 @@ static void make_plan(run *r) {
     desc.cu_seqlens = cu_seqlens;
     desc.dtype = r->dtype;
     desc.backward = w->op == BACKWARD;
+    desc.v_split = s.v_split;
+    desc.segment_chunks = s.segment_chunks;
     r->status = fqla_plan_create(r->lib->context, &desc, &r->plan);
     free(cu_seqlens);
 }
@@ -183,16 +187,10 @@ static void make_forward(run *r) {
     a->ht = w->op == DECODE ? (void *)a->h0 : make_buffer(r, state_bytes(r)); /* a decode's states stay in place */
 }
 
-/* After it the residuals of the forward are there. */
 static void make_backward(run *r) {
     const row *w = r->row;
     const fqla_forward_args *f = &r->forward;
     fqla_backward_args *b = &r->backward;
-    size_t residuals_size = 0;
-    if (r->status == FQLA_OK) r->status = fqla_residuals_size(r->plan, &residuals_size);
-    if (residuals_size > 0) r->forward.residuals = make_buffer(r, residuals_size);
-    r->forward.residuals_size = residuals_size;
-    b->residuals = f->residuals, b->residuals_size = residuals_size;
     b->q = f->q, b->k = f->k, b->v = f->v, b->g = f->g, b->beta = f->beta, b->h0 = f->h0;
     b->do_ = make_tensor(r, w->heads_v, false);
     b->dht = make_state(r, 0.125f);
@@ -202,6 +200,15 @@ static void make_backward(run *r) {
     b->dg = make_buffer(r, gate_bytes(r));
     b->dbeta = make_buffer(r, gate_bytes(r));
     b->dh0 = make_buffer(r, state_bytes(r));
+}
+
+/* What the plan's forward saves for its backward. */
+static void make_residuals(run *r) {
+    size_t size = 0;
+    if (r->status == FQLA_OK) r->status = fqla_residuals_size(r->plan, &size);
+    r->forward.residuals = size > 0 ? make_buffer(r, size) : NULL;
+    r->forward.residuals_size = size;
+    r->backward.residuals = r->forward.residuals, r->backward.residuals_size = size;
     if (r->status == FQLA_OK) r->status = fqla_forward(r->plan, &r->forward, NULL);
     if (r->status == FQLA_OK) r->status = fqla_synchronize(r->lib->context, NULL);
 }
@@ -252,28 +259,67 @@ static fqla_status time_on_cpu(run *r, double *seconds) {
     return FQLA_OK;
 }
 
-fqla_status bench_time(library *lib, cuda_graph *graph, const row *w, timing *t, char *error) {
-    run r;
-    int i;
-    memset(&r, 0, sizeof r);
-    memset(t, 0, sizeof *t);
+/* The status, with a line in error where it is none of success. */
+static fqla_status told(const run *r, char *error) {
+    if (r->status != FQLA_OK && error[0] == '\0')
+        fail(error, "%s", r->lib->message[0] != '\0' ? r->lib->message : fqla_status_string(r->status));
+    return r->status;
+}
+
+static void free_buffers(run *r, int left) {
+    while (r->count > left) fqla_free(r->lib->context, r->buffers[--r->count]);
+}
+
+static void drop_plan(run *r) {
+    fqla_plan_destroy(r->plan);
+    r->plan = NULL;
+}
+
+fqla_status bench_inputs_make(library *lib, cuda_graph *graph, const row *w, bench_inputs **inputs, char *error) {
+    const spread any = { 0, 0 };
+    run *r = calloc(1, sizeof *r);
+    fqla_status status;
+    *inputs = NULL;
     error[0] = lib->message[0] = '\0';
-    r.lib = lib;
-    r.row = w;
-    r.dtype = graph != NULL ? FQLA_DTYPE_BF16 : FQLA_DTYPE_FP32;
-    r.random = 1;
+    if (r == NULL) {
+        fail(error, "out of memory");
+        return FQLA_ERROR_OUT_OF_MEMORY;
+    }
+    r->lib = lib;
+    r->graph = graph;
+    r->row = w;
+    r->dtype = graph != NULL ? FQLA_DTYPE_BF16 : FQLA_DTYPE_FP32;
+    r->random = 1;
     if (normal[65535] == 0.0f) make_normal_table();
-    make_plan(&r);
-    if (r.status == FQLA_OK) r.status = fqla_plan_info(r.plan, &t->plan);
-    make_forward(&r);
-    if (w->op == BACKWARD) make_backward(&r);
-    if (w->op == DECODE) make_decode(&r);
-    if (r.status == FQLA_OK)
-        r.status = graph != NULL ? cuda_graph_time(graph, call, &r, GRAPH_CALLS, REPLAYS, &t->seconds, error)
-                                 : time_on_cpu(&r, &t->seconds);
-    for (i = 0; i < r.count; i++) fqla_free(lib->context, r.buffers[i]);
-    fqla_plan_destroy(r.plan);
-    if (r.status != FQLA_OK && error[0] == '\0')
-        fail(error, "%s", lib->message[0] != '\0' ? lib->message : fqla_status_string(r.status));
-    return r.status;
+    make_plan(r, any); /* is there one? */
+    drop_plan(r);
+    make_forward(r);
+    if (w->op == BACKWARD) make_backward(r);
+    if (w->op == DECODE) make_decode(r);
+    status = told(r, error);
+    if (status == FQLA_OK) *inputs = r;
+    else bench_inputs_free(r);
+    return status;
+}
+
+void bench_inputs_free(bench_inputs *inputs) {
+    if (inputs == NULL) return;
+    free_buffers(inputs, 0);
+    free(inputs);
+}
+
+fqla_status bench_time(bench_inputs *r, spread s, timing *t, char *error) {
+    const int count = r->count;
+    memset(t, 0, sizeof *t);
+    error[0] = r->lib->message[0] = '\0';
+    r->status = FQLA_OK;
+    make_plan(r, s);
+    if (r->status == FQLA_OK) r->status = fqla_plan_info(r->plan, &t->plan);
+    if (r->status == FQLA_OK && r->row->op == BACKWARD) make_residuals(r);
+    if (r->status == FQLA_OK)
+        r->status = r->graph != NULL ? cuda_graph_time(r->graph, call, r, GRAPH_CALLS, REPLAYS, &t->seconds, error)
+                                     : time_on_cpu(r, &t->seconds);
+    free_buffers(r, count);
+    drop_plan(r);
+    return told(r, error);
 }

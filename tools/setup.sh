@@ -30,6 +30,15 @@ has_fuzzer() { echo 'int LLVMFuzzerTestOneInput(const unsigned char *p, unsigned
 int LLVMFuzzerTestOneInput(const unsigned char *p, unsigned long n) { return n > 9 && p[0] == 1 ? -1 : 0; }' |
     compiles clang -fsanitize=fuzzer,address -x c -; }
 
+has_venv() { python3 -c 'import ensurepip, venv' >/dev/null 2>&1; }
+
+# The disassembler of the kernels' images. It comes from PyPI, into a folder of its own.
+has_disassembler() {
+    for bin in build/venv/lib/python3*/site-packages/nvidia/cu13/bin; do
+        "$bin/cuobjdump" --version && "$bin/nvdisasm" --version
+    done >/dev/null 2>&1
+}
+
 missing=
 # need PACKAGES CHECK...: note the packages as missing where the check fails
 need() {
@@ -50,6 +59,7 @@ need_for_test() {
     need tcc has_program tcc
     need gcc-mingw-w64-x86-64 has_mingw
     need 'wine wine64' has_program wine
+    need python3-venv has_venv
 }
 
 # Packages of the sanitizers' and the fuzzer's runtimes carry clang's version in their names.
@@ -61,9 +71,9 @@ as_root() {
     if [ "$(id -u)" -eq 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-# quietly COMMAND...: as root, its output shown where it fails
+# quietly COMMAND...: its output shown where it fails
 quietly() {
-    as_root "$@" >"$log" 2>&1 </dev/null || {
+    "$@" >"$log" 2>&1 </dev/null || {
         tail -n 20 "$log" >&2
         die "'$*' failed; the whole output is in $log"
     }
@@ -78,12 +88,20 @@ provide() {
         "hand (dnf: gcc ninja-build cjson-devel; pacman: gcc ninja cjson; brew: ninja cjson) and run it again"
     [ "$(id -u)" -eq 0 ] || has_program sudo || die "missing:$missing. Installing needs root: become root, or install them and run it again"
     say "installing$missing"
-    quietly apt-get update
+    quietly as_root apt-get update
     # shellcheck disable=SC2086 # a list of names
-    quietly env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing
+    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends $missing
     missing=
     for function in "$@"; do "$function"; done
     [ -z "$missing" ] || die "still missing after the installation:$missing"
+}
+
+provide_disassembler() {
+    has_disassembler && return
+    say "installing nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm from PyPI into build/venv"
+    quietly python3 -m venv --clear build/venv
+    quietly build/venv/bin/pip install --disable-pip-version-check 'nvidia-cuda-cuobjdump~=13.2' 'nvidia-cuda-nvdisasm~=13.2'
+    has_disassembler || die "cuobjdump and nvdisasm do not run after their installation into build/venv"
 }
 
 demo() {
@@ -103,6 +121,7 @@ demo() {
 run_tests() {
     provide need_for_build need_for_test
     provide need_for_fuzzer
+    provide_disassembler
     say "is flashqla.h what its sources generate?"
     ninja check-header
     say "running the tests"
