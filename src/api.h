@@ -36,8 +36,8 @@
     - It has no convolution, gating of the output, norm or projection of the layer around the operator
       (softplus and sigmoid of raw gates and the l2norm of q and k are inside, see GATES below).
     - It does not run on GPUs other than compute capability 9.0, nor with head dimensions other than 128 there;
-      such a request is refused by name, never done slowly in silence. The backward and decodes of more than one
-      token run on the CPU backend alone so far; fqla_plan_info says what a plan will run.
+      such a request is refused by name, never done slowly in silence. Decodes of more than one token run on the CPU
+      backend alone so far; fqla_plan_info says what a plan will run.
     - It moves no data between CPU and GPU behind your back: on the CUDA backend all tensors are device memory.
 
     STEP BY STEP
@@ -119,7 +119,8 @@
     pass workspace and workspace_size in the args (fqla_workspace_size says how many bytes, 256-byte aligned); a plan with
     external_workspace = 1 owns none. plan_desc.backward = 1 makes room for the backward.
     How much that is: on the CPU about 1.5 MB a thread, and with backward a state a chunk of the longest sequence; on a GPU 6.5 KB a
-    chunk of 64 tokens and v-head (220 MB at 32768 tokens and 64 v-heads), and up to 70 MB where sequences may be cut.
+    chunk of 64 tokens and v-head (220 MB at 32768 tokens and 64 v-heads), and up to 100 MB where sequences may be cut; with backward 80 KB more
+    a chunk and v-head, without segments: long sequences of few heads leave most of the GPU idle in the backward.
 
     SCHEDULE
     ========

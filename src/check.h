@@ -92,6 +92,16 @@ static fqla_status fqla__pick_workspace(const fqla_plan *plan, const char *funct
     return FQLA_OK;
 }
 
+/* Residuals that a run is given; *residuals is NULL where the plan's backward takes none. */
+static fqla_status fqla__pick_residuals(const fqla_plan *plan, const char *function, const void *given, size_t size, const void **residuals) {
+    const size_t needed = fqla__residuals_size(plan);
+    *residuals = needed > 0 ? given : NULL;
+    if (*residuals != NULL && size < needed)
+        return fqla__fail(&plan->context->desc, FQLA_ERROR_WORKSPACE_TOO_SMALL, "%s: residuals_size is %.0f; fqla_residuals_size says %.0f", function,
+                          (double)size, (double)needed);
+    return FQLA_OK;
+}
+
 /* The state indices, on the CPU: within the pool, every out slot written once and read by no other sequence.
    owners [pool_size]: for each slot 1 + the sequence that writes it, or 0. */
 static fqla_status fqla__check_indices(const fqla__run *run, const char *function, int32_t *owners) {
@@ -156,7 +166,7 @@ static fqla_status fqla__check_run(const fqla__run *run, const char *function) {
     const int64_t states = pool ? d->pool_size : plan->num_seqs, indices = (int64_t)plan->num_seqs * 4;
     const int64_t snapshots = run->decode_tokens > 0 ? (int64_t)plan->num_seqs * run->decode_tokens : plan->cu_checkpoints[plan->num_seqs];
     const char *snapshots_name = run->decode_tokens > 0 ? "states" : "checkpoints";
-    fqla__tensor t[16];
+    fqla__tensor t[17];
     int count = 0;
     if (!pool && (run->state_in != NULL || run->state_out != NULL))
         return fqla__fail(log, FQLA_ERROR_INVALID_VALUE, "%s: %s is given, but the plan has no pool (plan_desc.pool_size is 0)", function,
@@ -180,6 +190,7 @@ static fqla_status fqla__check_run(const fqla__run *run, const char *function) {
     t[count++] = fqla__dense_tensor(snapshots_name, run->snapshots, snapshots * l.state, l.state_alignment,
                                     out | (run->decode_tokens == 0 && snapshots > 0 ? required : 0));
     t[count++] = fqla__dense_tensor("bad_index_count", run->bad_index_count, 4, 4, out);
+    t[count++] = fqla__dense_tensor("residuals", run->residuals, (int64_t)fqla__residuals_size(plan), 16, out);
     t[count++] = fqla__dense_tensor("workspace", run->workspace, (int64_t)plan->workspace_size, FQLA__ALIGNMENT, out);
     return fqla__check_tensors(log, function, t, count);
 }
@@ -212,6 +223,8 @@ static fqla_status fqla__check_backward(const fqla_plan *plan, const fqla_backwa
         t[count++] = fqla__dense_tensor("dA_log", a->dA_log, heads, 4, out | required);
         t[count++] = fqla__dense_tensor("ddt_bias", a->ddt_bias, heads, 4, out | required);
     }
+    if (fqla__residuals_size(plan) > 0)
+        t[count++] = fqla__dense_tensor("residuals", a->residuals, (int64_t)fqla__residuals_size(plan), 16, in);
     t[count++] = fqla__dense_tensor("workspace", workspace, (int64_t)plan->workspace_size, FQLA__ALIGNMENT, out);
     return fqla__check_tensors(&plan->context->desc, "fqla_backward", t, count);
 }

@@ -31,6 +31,18 @@ static fqla_status fqla__cuda_plan_update(fqla_plan *plan, int32_t num_seqs, con
     return FQLA_ERROR_NO_CUDA;
 }
 static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summary) { (void)plan, (void)summary; }
+static size_t fqla__cuda_residuals_size(const fqla_plan *plan) {
+    (void)plan;
+    return 0;
+}
+static size_t fqla__cuda_backward_size(const fqla_plan *plan) {
+    (void)plan;
+    return 0;
+}
+static fqla_status fqla__cuda_backward(const fqla_plan *plan, const fqla_backward_args *args, void *workspace, fqla_stream stream) {
+    (void)plan, (void)args, (void)workspace, (void)stream;
+    return FQLA_ERROR_NO_CUDA;
+}
 static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) {
     (void)run, (void)stream;
     return FQLA_ERROR_NO_CUDA;

@@ -66,7 +66,12 @@ static const struct {
     {"forward_fp16", FQLA__FORWARD_SHARED_BYTES},
     {"forward_half_bf16", FQLA__HALF_SHARED_BYTES},
     {"forward_half_fp16", FQLA__HALF_SHARED_BYTES},
+    {"backward_chains_bf16", FQLA__CHAINS_SHARED_BYTES},
+    {"backward_chains_fp16", FQLA__CHAINS_SHARED_BYTES},
+    {"backward_gradients_bf16", FQLA__GRADIENTS_SHARED_BYTES},
+    {"backward_gradients_fp16", FQLA__GRADIENTS_SHARED_BYTES},
     {"scan", FQLA__SCAN_SHARED_BYTES},
+    {"backward_sums", 0},
 };
 
 static void fqla__cuda_unload_kernels(fqla_context *context) {

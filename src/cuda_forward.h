@@ -186,7 +186,7 @@ static void fqla__cuda_forward_params(const fqla__run *run, fqla__forward_params
     p->state_in = run->state_in, p->state_out = run->state_out;
     p->bad_index_count = run->bad_index_count;
     p->table = (const fqla__device_table *)run->plan->cuda.table;
-    p->prepared = (fqla__prepared_chunk *)run->workspace;
+    p->prepared = (fqla__prepared_chunk *)(run->residuals != NULL ? run->residuals : run->workspace);
     p->states = (fqla__kept_state *)((char *)run->workspace + layout.states);
     p->transitions = (fqla__kept_transition *)((char *)run->workspace + layout.transitions);
     p->q_token = d->strides.q.token, p->q_head = d->strides.q.head;
@@ -207,9 +207,9 @@ static void fqla__cuda_forward_params(const fqla__run *run, fqla__forward_params
     p->warm_up_log2 = (float)log2((double)d->warm_up_tolerance);
 }
 
-/* Of a kernel's two variants, given the one for bfloat16, the plan's; scan has but one. */
+/* Of a kernel's two variants, given the one for bfloat16, the plan's; those from scan on have but one. */
 static int fqla__cuda_variant(const fqla_plan *plan, int kernel) {
-    return kernel != FQLA__KERNEL_SCAN && plan->desc.dtype == FQLA_DTYPE_FP16 ? kernel + 1 : kernel;
+    return kernel < FQLA__KERNEL_SCAN && plan->desc.dtype == FQLA_DTYPE_FP16 ? kernel + 1 : kernel;
 }
 
 static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summary) {
@@ -225,7 +225,11 @@ static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summar
     snprintf(summary->forward, sizeof summary->forward, "cuda prepare, %sforward%s, %s (%s)", schedule->extra_segments > 0 ? "states, scan, " : "",
              schedule->v_split == 2 ? "_half" : "", type, form);
     snprintf(summary->decode, sizeof summary->decode, "cuda prepare, forward, %s (%s), as sequences of one token; no more than one", type, form);
-    snprintf(summary->backward, sizeof summary->backward, "none: CUDA has no backward kernels yet");
+    if (plan->desc.backward)
+        snprintf(summary->backward, sizeof summary->backward, "cuda (prepare), backward_chains, backward_gradients%s, %s (%s)",
+                 plan->desc.gate == FQLA_GATE_RAW ? ", backward_sums" : "", type, form);
+    else
+        snprintf(summary->backward, sizeof summary->backward, "none: plan_desc.backward is 0");
     if (step > 0)
         snprintf(summary->schedule, sizeof summary->schedule,
                  "V over %d block%s, segments of %d chunks: %.0f us by the model, uncut %.0f", (int)schedule->v_split,

@@ -12,7 +12,7 @@ static const struct {
     double state;                /* a chunk of half a state or transition, kernel states, two of them on a multiprocessor */
     double scan;                 /* a segment, kernel scan */
     double start, cut;           /* launches and first loads: of prepare and forward, of states and scan */
-} fqla__costs = {0.45, 1.70, 1.10, 0.80, 1.40, 1.30, 8.0, 8.0};
+} fqla__costs = {0.46, 2.3, 1.64, 1.2, 1.9, 2.9, 12.7, 7.6};
 
 enum {
     FQLA__WARM_UP_CHUNKS = 6,    /* assumed */
@@ -111,10 +111,11 @@ static void fqla__choose_cut(const fqla_plan *plan, fqla__schedule *schedule, co
     }
     for (n = 0; n < lengths->count; n++)
         if (fqla__chunks_of(lengths, n) > longest) longest = fqla__chunks_of(lengths, n);
-    for (parts = 2; parts <= FQLA__MOST_SEGMENTS; parts += parts < 8 ? 1 : parts / 4) {
+    for (parts = 2; parts <= FQLA__MOST_SEGMENTS; parts++) {
         const int32_t step = (int32_t)fqla__ceil_div(longest, parts);
         double time;
         if (step < FQLA__LEAST_SEGMENT) break;
+        if (step == fqla__ceil_div(longest, parts - 1)) continue;
         time = fqla__model(plan, schedule, lengths, step);
         if (time >= 0.0 && time < schedule->microseconds) {
             schedule->microseconds = time;

@@ -14,6 +14,7 @@
 #ifndef FLASHQLA_NO_CUDA
 #include "library.h"
 #include "cuda_params.h"
+#include "cuda_backward_params.h"
 #include "cuda_driver.h"
 #include "cuda_kernels.h"
 #endif
@@ -31,6 +32,7 @@
 #include "cuda_device.h"
 #include "cuda_schedule.h"
 #include "cuda_forward.h"
+#include "cuda_backward.h"
 #else
 #include "cuda_absent.h"
 #endif

@@ -38,6 +38,7 @@ typedef struct fqla__run {
     int32_t snapshot_every;   /* tokens between snapshots: 64 * checkpoint_every, or 1 */
     int32_t decode_tokens;    /* 0: the plan's sequences; else every sequence has this many tokens, rows n * decode_tokens and on */
     uint32_t *bad_index_count;
+    void *residuals;          /* CUDA: what a backward takes over; NULL: none */
     void *workspace;          /* plan->workspace_size bytes */
 } fqla__run;
 

@@ -148,8 +148,6 @@ static fqla_status fqla__plan_resolve(const fqla_context *context, fqla_plan_des
     if (d->backward && d->pool_size > 0)
         return fqla__fail(log, FQLA_ERROR_UNSUPPORTED, "plan_desc.backward is 1 with pool_size %d; the backward takes no pool",
                           (int)d->pool_size);
-    if (cuda && d->backward)
-        return fqla__fail(log, FQLA_ERROR_UNSUPPORTED, "plan_desc.backward is 1; CUDA has no backward kernels yet");
 
     if (d->max_seqs == 0) d->max_seqs = d->num_seqs;
     if (d->max_seqs < d->num_seqs || d->max_seqs > 1 << 20)
@@ -236,6 +234,7 @@ FLASHQLA_API fqla_status fqla_plan_create(fqla_context *context, const fqla_plan
     if (cuda) {
         status = fqla__cuda_plan_create(made);
         if (status != FQLA_OK) goto fail;
+        if (resolved.backward && fqla__cuda_backward_size(made) > made->workspace_size) made->workspace_size = fqla__cuda_backward_size(made);
     } else if (!fqla__cpu_workspace(made, &made->workspace_size)) {
         status = fqla__fail(log, FQLA_ERROR_TOO_LARGE, "fqla_plan_create: the workspace of max_tokens %d passes 2^63 bytes",
                             (int)resolved.max_tokens);
@@ -284,6 +283,11 @@ FLASHQLA_API fqla_status fqla_plan_update(fqla_plan *plan, int32_t num_seqs, con
     return FQLA_OK;
 }
 
+/* The CPU's backward recomputes everything. */
+static size_t fqla__residuals_size(const fqla_plan *plan) {
+    return plan->context->desc.backend == FQLA_BACKEND_CUDA && plan->desc.backward ? fqla__cuda_residuals_size(plan) : 0;
+}
+
 FLASHQLA_API fqla_status fqla_plan_info(const fqla_plan *plan, fqla_plan_summary *summary) {
     const char *level;
     if (plan == NULL || summary == NULL)
@@ -297,6 +301,7 @@ FLASHQLA_API fqla_status fqla_plan_info(const fqla_plan *plan, fqla_plan_summary
     summary->checkpoints = plan->cu_checkpoints[plan->num_seqs];
     summary->v_split = summary->segments = 1;
     summary->workspace_size = plan->workspace_size;
+    summary->residuals_size = fqla__residuals_size(plan);
     if (summary->backend == FQLA_BACKEND_CUDA) {
         fqla__cuda_describe(plan, summary);
         return FQLA_OK;
@@ -323,6 +328,6 @@ FLASHQLA_API fqla_status fqla_residuals_size(const fqla_plan *plan, size_t *byte
     if (plan == NULL || bytes == NULL)
         return fqla__fail(plan ? &plan->context->desc : NULL, FQLA_ERROR_NULL_POINTER, "fqla_residuals_size: %s is NULL",
                           plan == NULL ? "plan" : "bytes");
-    *bytes = 0; /* both backends recompute */
+    *bytes = fqla__residuals_size(plan);
     return FQLA_OK;
 }

@@ -18,6 +18,8 @@ static fqla_status fqla__run_forward(fqla__run *run, const char *function, void 
 }
 
 FLASHQLA_API fqla_status fqla_forward(fqla_plan *plan, const fqla_forward_args *args, fqla_stream stream) {
+    const void *residuals;
+    fqla_status status;
     fqla__run run;
     if (plan == NULL || args == NULL)
         return fqla__fail(plan ? &plan->context->desc : NULL, FQLA_ERROR_NULL_POINTER, "fqla_forward: %s is NULL",
@@ -32,6 +34,9 @@ FLASHQLA_API fqla_status fqla_forward(fqla_plan *plan, const fqla_forward_args *
     run.snapshots = args->checkpoints;
     run.snapshot_every = FLASHQLA_CHUNK * plan->desc.checkpoint_every;
     run.bad_index_count = args->bad_index_count;
+    status = fqla__pick_residuals(plan, "fqla_forward", args->residuals, args->residuals_size, &residuals);
+    if (status != FQLA_OK) return status;
+    run.residuals = (void *)(uintptr_t)residuals;
     return fqla__run_forward(&run, "fqla_forward", args->workspace, args->workspace_size, stream);
 }
 
@@ -79,16 +84,19 @@ FLASHQLA_API fqla_status fqla_decode(fqla_plan *plan, const fqla_decode_args *ar
 
 FLASHQLA_API fqla_status fqla_backward(fqla_plan *plan, const fqla_backward_args *args, fqla_stream stream) {
     const fqla_context_desc *log = plan ? &plan->context->desc : NULL;
+    fqla_backward_args checked;
     fqla_status status;
     void *workspace;
-    (void)stream; /* the CPU backend's alone so far */
     if (plan == NULL || args == NULL)
         return fqla__fail(log, FQLA_ERROR_NULL_POINTER, "fqla_backward: %s is NULL", plan == NULL ? "plan" : "args");
     if (!plan->desc.backward)
         return fqla__fail(log, FQLA_ERROR_UNSUPPORTED, "fqla_backward: the plan was made with plan_desc.backward 0");
     status = fqla__pick_workspace(plan, "fqla_backward", args->workspace, args->workspace_size, &workspace);
-    if (status == FQLA_OK) status = fqla__check_backward(plan, args, workspace);
+    checked = *args;
+    if (status == FQLA_OK) status = fqla__pick_residuals(plan, "fqla_backward", args->residuals, args->residuals_size, &checked.residuals);
+    if (status == FQLA_OK) status = fqla__check_backward(plan, &checked, workspace);
     if (status != FQLA_OK) return status;
-    fqla__cpu_backward(plan, args, workspace);
+    if (plan->context->desc.backend == FQLA_BACKEND_CUDA) return fqla__cuda_backward(plan, &checked, workspace, stream);
+    fqla__cpu_backward(plan, &checked, workspace);
     return FQLA_OK;
 }

@@ -720,11 +720,24 @@ static void expect_sequence(test_case *c, int32_t n, bool backward) {
 
 static struct { double error; char name[64]; } worst[T_COUNT][2]; /* [1]: of tensors stored in 16 bits */
 
+/* A Hopper's gradients: those of the golden cases. */
+static double gradient_tolerance_on_cuda(const test_case *c, case_tensor_name name) {
+    switch (name) {
+        case T_DK: return 5.3e-3;
+        case T_DV: return c->spec.same_keys ? 1.2e-2 : 4.0e-3;
+        case T_DBETA: return 6.5e-3;
+        case T_DG: case T_DA_LOG: case T_DDT_BIAS: return 8.0e-3;
+        case T_DH0: return 2.5e-3;
+        default: return 4.0e-3;
+    }
+}
+
 /* float32 2e-6 and gradients 1e-5, outputs rounded to bf16 3e-3. A Hopper's 16-bit operands: o 4e-3, ht 2.5e-3, and 1.2e-2 where
    keys are nearly parallel. */
 static double tolerance(const test_case *c, case_tensor_name name) {
     const fqla_dtype dtype = c->t[name].dtype;
     const bool state = name == T_HT || name == T_SNAPSHOTS;
+    if (test_on_cuda() && is_gradient(name)) return gradient_tolerance_on_cuda(c, name);
     if (test_on_cuda()) {
         /* 16-bit operands alone, simulated in float64, come to 2.55e-3 over 2047 tokens of which no gate forgets anything */
         const bool never_forgets = c->spec.gates == GATES_ZERO && c->rows > 1024;
@@ -837,7 +850,7 @@ const char *case_compare_backward(test_case *c) { return compare(c, true); }
 /* What CUDA refuses, and whether it does so when the plan is made. */
 static bool cuda_refuses_plan(const case_spec *s) {
     const fqla_plan_desc *d = &s->plan;
-    return (d->dim_k != 0 && d->dim_k != 128) || (d->dim_v != 0 && d->dim_v != 128) || d->dtype == FQLA_DTYPE_FP32 || d->backward;
+    return (d->dim_k != 0 && d->dim_k != 128) || (d->dim_v != 0 && d->dim_v != 128) || d->dtype == FQLA_DTYPE_FP32;
 }
 
 static bool cuda_refuses_run(const case_spec *s) { return s->decode_tokens > 1 || s->keep_states; }

@@ -1,7 +1,7 @@
 #!/bin/sh
 # kernels.sh VENV TABLE IMAGE.cubin...: what the kernels' images are made of, by cuobjdump and nvdisasm, which tools/setup.sh puts
 # into VENV. Each image holds the kernel that it is named after, keeps everything in registers (no stack frame, no local memory, no
-# spills) and multiplies with wgmma; its registers, static shared memory, parameters and threads are those of TABLE, which has a
+# spills) and multiplies with wgmma where it has a product; its registers, static shared memory, parameters and threads are those of TABLE, which has a
 # line for each image and none besides. So a change of a kernel that costs registers is seen. Exit 1 where one is not so.
 set -u
 venv=$1 table=$2
@@ -53,7 +53,10 @@ for image; do
     check "$image: $(usage LOCAL) bytes of local memory" [ "$(usage LOCAL)" = 0 ]
     check "$image: $(instructions 'LDL|STL') loads and stores of local memory" [ "$(instructions 'LDL|STL')" -eq 0 ]
     check "$image: no code that nvdisasm knows" [ "$(instructions 'MOV|IMAD|EXIT')" -gt 0 ]
-    check "$image: no HGMMA, the tensor cores' instruction" [ "$(instructions HGMMA)" -gt 0 ]
+    case $image in
+        */backward_sums.cubin) ;; # it adds up, no more
+        *) check "$image: no HGMMA, the tensor cores' instruction" [ "$(instructions HGMMA)" -gt 0 ] ;;
+    esac
 done
 
 sed -e 's/#.*//' -e '/^[[:space:]]*$/d' "$table" | tr -s ' \t' ' ' | sed 's/ $//' | sort >"$dir/expected"

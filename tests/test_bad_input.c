@@ -218,7 +218,6 @@ TEST plan_unsupported(void) {
     REFUSED_PLAN(FQLA_ERROR_UNSUPPORTED, "backward", "LINEAR", d.backward = 1; d.gate = FQLA_GATE_LINEAR);
     REFUSED_PLAN(FQLA_ERROR_UNSUPPORTED, "backward", "4", d.backward = 1; d.pool_size = 4);
     if (test_on_cuda()) {
-        REFUSED_PLAN(FQLA_ERROR_UNSUPPORTED, "backward", "1", d.backward = 1);
         REFUSED_PLAN(FQLA_ERROR_UNSUPPORTED, "dtype", "FP32", d.dtype = FQLA_DTYPE_FP32);
         REFUSED_PLAN(FQLA_ERROR_UNSUPPORTED, "dim_k", "64", d.dim_k = 64);
         REFUSED_PLAN(FQLA_ERROR_UNSUPPORTED, "dim_v", "256", d.dim_v = 256);

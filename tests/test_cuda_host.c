@@ -696,9 +696,6 @@ TEST what_cuda_does_not_do(void) {
     desc.dim_k = 64;
     CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "dim_k"));
     desc = plan_desc();
-    desc.backward = 1;
-    CHECK_CALL(refused(FQLA_ERROR_UNSUPPORTED, fqla_plan_create(context, &desc, &plan), "backward"));
-    desc = plan_desc();
     desc.strides.q.head = 132;
     CHECK_CALL(refused(FQLA_ERROR_MISALIGNED, fqla_plan_create(context, &desc, &plan), "strides.q"));
     ASSERT_EQ(before, fake.fake_cuda_calls());

@@ -1,0 +1,54 @@
+/* What the backward's kernels have in common: 64 x 64 matrices as tiles, and where a chunk or a sequence lies. */
+#ifndef FLASHQLA_BACKWARD_COMMON_H
+#define FLASHQLA_BACKWARD_COMMON_H
+
+#include "../src/cuda_backward_params.h"
+#include "tile.h"
+
+/* Where lane l's row of four 8 x 8 tiles lies in 16 x 16 block (row, column) of a tile: (upper, left), (upper, right), (lower,
+   left), (lower, right). */
+static __device__ __forceinline__ uint32_t tile_block_address(const Tile *tile, int row, int column, int lane) {
+    const int r = BLOCK * row + lane / 16 * 8 + lane % 8, unit = 2 * column + lane / 8 % 2;
+    return shared_address(tile->bytes) + r * 128 + ((unit ^ (r % 8)) * 16);
+}
+
+/* A 16 x 16 accumulator as block (row, column) of a tile. */
+static __device__ __forceinline__ void store_tile_block(const Tile *tile, int row, int column, int lane, const float *d) {
+    store_tiles(tile_block_address(tile, row, column, lane), pack_elements(d[0], d[1]), pack_elements(d[4], d[5]),
+                pack_elements(d[2], d[3]), pack_elements(d[6], d[7]));
+}
+
+static __device__ __forceinline__ void clear_tile(Tile *tile, int thread, int threads) {
+    for (int unit = thread; unit < (int)(sizeof *tile / 16); unit += threads) ((uint4 *)tile->bytes)[unit] = make_uint4(0, 0, 0, 0);
+}
+
+/* Rows of a tile from `valid` on belong to the next sequence: zeros, since 0 * NaN is NaN. */
+static __device__ __forceinline__ void clear_tile_rows(Tile *tile, int valid, int thread, int threads) {
+    for (int unit = valid * 8 + thread; unit < CHUNK * 8; unit += threads) ((uint4 *)tile->bytes)[unit] = make_uint4(0, 0, 0, 0);
+}
+
+/* Named barriers; 0 is __syncthreads'. */
+template <int number, int threads> static __device__ __forceinline__ void named_barrier(void) {
+    asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
+}
+
+/* The v-heads that read a q/k head. */
+static __device__ __forceinline__ int group_head(const fqla__forward_params &p, int head_qk, int i) {
+    return p.head_map == 0 ? head_qk * (p.heads_v / p.heads_qk) + i : i * p.heads_qk + head_qk;
+}
+
+/* The sequence of the batch's chunk, by a search in steps of 32. By whole warps. */
+static __device__ __forceinline__ int64_t sequence_of_chunk(const fqla__device_sequence *sequences, int64_t count, int64_t chunk,
+                                                            int lane) {
+    int64_t first = 0;
+    while (count > 1) {
+        const int64_t step = (count + WARP - 1) / WARP, probe = first + lane * step;
+        const bool before = lane * step < count && sequences[probe].chunk <= chunk;
+        const int passed = __popc(__ballot_sync(0xffffffffu, before)) - 1;
+        first += passed * step;
+        count = min(step, count - passed * step);
+    }
+    return first;
+}
+
+#endif

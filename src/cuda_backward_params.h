@@ -1,0 +1,53 @@
+// >>cuda_backward_params: what the kernels of a backward share with the host
+// Kernel sources in ptx/ include this file too.
+#ifndef FLASHQLA__CUDA_BACKWARD_PARAMS_H
+#define FLASHQLA__CUDA_BACKWARD_PARAMS_H
+
+#include "cuda_params.h"
+
+/* What kernel backward_chains leaves of a chunk and v-head, [chunk][heads_v]: 80 KB. Tiles of 64 x 64 elements, 128-byte swizzle,
+   as kernel backward_gradients takes them. dS is the gradient of a state divided by fqla__backward_params.unit. */
+typedef struct fqla__chunk_states {
+    uint8_t s[2][2][8192];  /* S0 transposed, [half of V][half of K]: a row is a column v of the state */
+    uint8_t ds[2][2][8192]; /* dS1 transposed, the same */
+    uint8_t vn[2][8192];    /* Vn, [half of V]: a row is a token */
+} fqla__chunk_states;
+
+enum {
+    FQLA__CHAINS_THREADS = 256,          /* a warpgroup that owns 64 state columns, one that prepares and loads */
+    FQLA__CHAINS_SHARED_BYTES = 227328,  /* ChainShared in ptx/backward_chains.cu */
+    FQLA__GRADIENTS_THREADS = 384,       /* a warpgroup for dq, one for dk, one for the chunk's 64 x 64 matrices and the gates */
+    FQLA__GRADIENTS_SHARED_BYTES = 224256, /* GradientsShared in ptx/backward_shared.h */
+    FQLA__SUMS_THREADS = 256
+};
+
+/* The parameters of a backward's kernels, by value. In the order in which they run:
+   prepare              the forward's, where it has left no residuals
+   backward_chains      grid segments * heads_v * 2 halves of V * 2: the reverse recurrences, then the passes over the states
+   backward_gradients   grid chunks * heads_qk
+   backward_sums        grid heads_v; with the raw gates alone */
+typedef struct fqla__backward_params {
+    fqla__forward_params forward; /* the forward's; o: the map of do; ht is not used */
+    fqla__tensor_map dq, dk, dv;
+    const void *v_rows;           /* v again, for tokens with a tiny beta */
+    void *dq_rows, *dk_rows, *dv_rows; /* dq, dk, dv again, for a sequence's last rows; strides as q's, k's, v's */
+    void *dg, *dbeta;             /* strides as g's and beta's */
+    const void *dht;
+    void *dh0;
+    float *dA_log, *ddt_bias;
+    fqla__chunk_states *chunks;
+    float *gate_sums;             /* [chunk][heads_v][2]: a chunk's share of dA_log and of ddt_bias; with the raw gates alone */
+    int64_t k_token, k_head, v_token, v_head;
+    float unit, per_unit, power;  /* scale = unit * power, a power of two; 1 <= |unit| < 2; per_unit = 1 / unit */
+    float padding[13];            /* to the size that the kernels take: a multiple of a map's alignment */
+} fqla__backward_params;
+
+#ifdef __CUDACC__
+typedef struct __align__(64) fqla__aligned_backward_params {
+    fqla__backward_params values;
+} fqla__aligned_backward_params;
+#endif
+
+typedef char fqla__backward_params_is_1344_bytes[sizeof(fqla__backward_params) == 1344 ? 1 : -1];
+
+#endif
