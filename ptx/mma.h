@@ -40,13 +40,6 @@ static __device__ __forceinline__ void mma_fp16(float (&d)[4], const uint32_t (&
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* d [16 x 8] += a [8 x 8] b [8 x 8] in fp16: rows 0-7 are a's, rows 8-15 stay. */
-static __device__ __forceinline__ void mma_fp16_8(float (&d)[4], uint32_t a, uint32_t b) {
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a), "r"(0), "r"(b));
-}
-
 /* d [16 x 8] = a [16 x 16] b [16 x 8] in fp16. */
 static __device__ __forceinline__ void mma_fp16_first(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "

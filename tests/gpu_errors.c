@@ -22,7 +22,7 @@ enum { DIM = 128, STATE = DIM * DIM, SEEDS = 8, MOST_THREADS = 16 };
 enum { WHOLE = 64 << 20, SELDOM = 50, PIECE = 4 << 20 };
 enum { Q, K, V, G, BETA, H0, O, HT, TENSORS }; /* bfloat16: q, k, v, o */
 
-typedef enum gates { MILD, ZERO, X64, STRONG, MIXED, QUARTER, GATES } gates;
+typedef enum gate_kind { MILD, ZERO, X64, STRONG, MIXED, QUARTER, GATES } gate_kind;
 static const char *const gates_names[GATES] = { "mild", "zero", "x64", "-10", "mixed", "quarter" };
 
 static const double bars[2] = { 3.5e-3, 1.9e-3 }; /* o, ht */
@@ -31,7 +31,7 @@ static const double bars[2] = { 3.5e-3, 1.9e-3 }; /* o, ht */
 typedef struct problem {
     int32_t heads_qk, heads_v, num_seqs;
     int32_t cu_seqlens[CASE_MOST_SEQS + 1];
-    gates gates;
+    gate_kind gates;
     uint64_t seed;
     double (*draw)(uint64_t *random); /* of mean 0 and variance 1 */
     size_t bytes[TENSORS];
@@ -155,7 +155,8 @@ static void fill_h0(const problem *p) {
 /* ---- a problem's life */
 
 /* Host memory, but not yet its contents. */
-static problem problem_make(int32_t heads_qk, int32_t heads_v, int32_t num_seqs, const int32_t *lens, gates gates, uint64_t seed) {
+static problem problem_make(int32_t heads_qk, int32_t heads_v, int32_t num_seqs, const int32_t *lens, gate_kind gates,
+                            uint64_t seed) {
     problem p = { .heads_qk = heads_qk, .heads_v = heads_v, .num_seqs = num_seqs, .gates = gates, .seed = seed,
                   .draw = case_normal };
     const size_t qk = (size_t)heads_qk * DIM * 2, v = (size_t)heads_v * DIM * 2, gate = (size_t)heads_v * 4;
@@ -301,7 +302,7 @@ static bool measure(const problem *problems, int32_t v_split, int32_t segment_ch
 }
 
 /* Sequences of one layout with some gates, cut in some ways; both lists end with GATES or 0. */
-static bool table(int32_t num_seqs, const int32_t *lens, const gates *some_gates, const int32_t *cuts) {
+static bool table(int32_t num_seqs, const int32_t *lens, const gate_kind *some_gates, const int32_t *cuts) {
     bool ok = true;
     int32_t n;
     printf("heads 2/4, lengths");
@@ -324,7 +325,7 @@ static bool table(int32_t num_seqs, const int32_t *lens, const gates *some_gates
 }
 
 static bool errors_of_all(void) {
-    static const gates all[] = { MILD, ZERO, X64, STRONG, MIXED, GATES }, two[] = { ZERO, MIXED, GATES };
+    static const gate_kind all[] = { MILD, ZERO, X64, STRONG, MIXED, GATES }, two[] = { ZERO, MIXED, GATES };
     const bool ok = table(5, (const int32_t[]){ 1024, 513, 64, 1, 200 }, all, (const int32_t[]){ -1, 1, 2, 4, 8, 0 });
     return table(2, (const int32_t[]){ 8192, 4096 + 37 }, two, (const int32_t[]){ -1, 4, 16, 32, 0 }) && ok;
 }
@@ -402,8 +403,9 @@ static bool repeat_row(const row *r, long runs) {
         if (differing++ == 0) first_differing = run;
     }
     row_label(r, label, sizeof label);
-    printf("%-18s %6.1f MB of o and ht, %ld runs, compared %s (%ld): ", label, (double)(p.bytes[O] + p.bytes[HT]) / 1e6, runs,
-           every == 1 ? "every run" : "every 50th and the last", compared);
+    printf("%-18s %6.1f MB of o and ht, %ld runs, ", label, (double)(p.bytes[O] + p.bytes[HT]) / 1e6, runs);
+    if (every == 1) printf("every run compared: ");
+    else printf("%ld compared (the first, every %dth and the last): ", compared, every);
     if (differing > 0) printf("%ld DIFFER, the first is run %ld", differing, first_differing);
     else printf("the same bits");
     printf("%s; %.1f s; %s\n", finite ? "" : ", NOT FINITE", seconds() - start, summary.schedule);
