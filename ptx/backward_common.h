@@ -2,6 +2,7 @@
 #ifndef FLASHQLA_BACKWARD_COMMON_H
 #define FLASHQLA_BACKWARD_COMMON_H
 
+#include "sequence.h"
 #include "../src/cuda_backward_params.h"
 #include "tile.h"
 
@@ -35,20 +36,6 @@ template <int number, int threads> static __device__ __forceinline__ void named_
 /* The v-heads that read a q/k head. */
 static __device__ __forceinline__ int group_head(const fqla__forward_params &p, int head_qk, int i) {
     return p.head_map == 0 ? head_qk * (p.heads_v / p.heads_qk) + i : i * p.heads_qk + head_qk;
-}
-
-/* The sequence of the batch's chunk, by a search in steps of 32. By whole warps. */
-static __device__ __forceinline__ int64_t sequence_of_chunk(const fqla__device_sequence *sequences, int64_t count, int64_t chunk,
-                                                            int lane) {
-    int64_t first = 0;
-    while (count > 1) {
-        const int64_t step = (count + WARP - 1) / WARP, probe = first + lane * step;
-        const bool before = lane * step < count && sequences[probe].chunk <= chunk;
-        const int passed = __popc(__ballot_sync(0xffffffffu, before)) - 1;
-        first += passed * step;
-        count = min(step, count - passed * step);
-    }
-    return first;
 }
 
 #endif

@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
     place.heads = f.heads_v / f.heads_qk;
     if (place.number >= f.table->chunks) return;
     const fqla__device_sequence *sequences = (const fqla__device_sequence *)(f.table + 1);
-    const fqla__device_sequence sequence = sequences[sequence_of_chunk(sequences, f.table->num_seqs, place.number, thread % WARP)];
+    const fqla__device_sequence sequence = sequences[find_sequence(sequences, f.table->num_seqs, place.number, thread % WARP)];
     const int64_t in_sequence = (place.number - sequence.chunk) * CHUNK;
     place.row = sequence.row + in_sequence;
     place.valid = (int32_t)min((int64_t)CHUNK, sequence.len - in_sequence);

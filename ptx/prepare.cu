@@ -35,6 +35,7 @@
    35840 in all. */
 #include "gates.h"
 #include "grid.h"
+#include "sequence.h"
 #include "tile.h"
 
 enum {
@@ -69,20 +70,6 @@ typedef struct PrepareShared {
 static_assert(sizeof(PrepareShared) == FQLA__PREPARE_SHARED_BYTES, "what the host asks for");
 
 /* ---- the chunk --------------------------------------------------------------------------------------------------------------- */
-
-/* The chunk of the whole batch: its sequence's number, by a search in steps of 32. By whole warps. */
-static __device__ __forceinline__ int64_t find_sequence(const fqla__device_sequence *sequences, int64_t count, int64_t chunk,
-                                                        int lane) {
-    int64_t first = 0;
-    while (count > 1) {
-        const int64_t step = (count + WARP - 1) / WARP, probe = first + lane * step;
-        const bool before = lane * step < count && sequences[probe].chunk <= chunk;
-        const int passed = __popc(__ballot_sync(0xffffffffu, before)) - 1;
-        first += passed * step;
-        count = min(step, count - passed * step);
-    }
-    return first;
-}
 
 /* Where block (row, column), row < column, of K K^T lies in PrepareShared. */
 static __device__ __forceinline__ int block_number(int row, int column) { return row * (5 - row) / 2 + column - 1; }
