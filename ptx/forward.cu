@@ -9,9 +9,10 @@
    A block is a segment's v-head (segment.h) on one multiprocessor, with all of V, or as forward_half with half of it. Its warpgroups:
 
        state 0, state 1    64 of the 128 state columns each, S^T in registers          forward_state.h     208 registers
-       scores              P, ahead of the state; loads and O's stores                 forward_scores.h     88 registers
+       scores              P, ahead of the state                                       forward_scores.h     72 registers
+       copies              has the copy engine bring a chunk and take O away           forward_copies.h     24 registers
 
-       copy engine   q k T(c+2)  v(c+1)                     O(c-1)
+       copy engine   q k v T(c+2)                           O(c-1)
        scores                      Q K^T, P of c+1
        state         K S0(c) -> W -> T W -> update -> K S0(c+1) ...
                                      Q S0(c)  P Vn -> O
@@ -19,13 +20,19 @@
    Shared memory: forward_shared.h has the map in bytes. Cost and floor: LADDER.md. */
 #include <stddef.h>
 
+#include "forward_copies.h"
 #include "forward_scores.h"
 #include "forward_shared.h"
 #include "forward_state.h"
 #include "grid.h"
 
-enum { STATE_REGISTERS = 208, SCORES_REGISTERS = 88 };
-static_assert(2 * STATE_REGISTERS + SCORES_REGISTERS <= 504, "three warpgroups share 504 registers a thread triple");
+#if defined(FLASHQLA_HALF)
+enum { STATE_REGISTERS = 240, SCORES_REGISTERS = 128, COPIES_REGISTERS = 24, START_REGISTERS = 168 };
+#else
+enum { STATE_REGISTERS = 208, SCORES_REGISTERS = 72, COPIES_REGISTERS = 24, START_REGISTERS = 128 };
+#endif
+static_assert(STATE_WARPGROUPS * STATE_REGISTERS + SCORES_REGISTERS + COPIES_REGISTERS <= (STATE_WARPGROUPS + 2) * START_REGISTERS,
+              "the warpgroups share what the block starts with");
 
 static __device__ __forceinline__ void zero_output(const fqla__forward_params &p, const Segment &segment, int first_v, int thread) {
     enum { UNITS = STATE_WARPGROUPS * STATE_COLUMNS / 8 };
@@ -38,19 +45,13 @@ static __device__ __forceinline__ void zero_output(const fqla__forward_params &p
 static __device__ __forceinline__ void init_barriers(ForwardShared &s) {
     mbarrier_init(&s.part_full, WARPGROUP);
     for (int i = 0; i < SLOTS; i++) {
-        mbarrier_init(&s.chunk_full[i], 2);
+        mbarrier_init(&s.chunk_full[i], 1);
         mbarrier_init(&s.chunk_free[i], STATE_WARPS);
-        for (int w = 0; w < STATE_WARPGROUPS; w++) {
-            mbarrier_init(&s.v_full[i][w], 1);
-            mbarrier_init(&s.v_free[i][w], WARPGROUP / WARP);
-        }
     }
     for (int i = 0; i < OUT_SLOTS; i++) {
         mbarrier_init(&s.p_full[i], WARPGROUP / WARP);
-        for (int w = 0; w < STATE_WARPGROUPS; w++) {
-            mbarrier_init(&s.out_full[i][w], WARPGROUP / WARP);
-            mbarrier_init(&s.out_free[i][w], 1);
-        }
+        mbarrier_init(&s.out_full[i], STATE_WARPS);
+        mbarrier_init(&s.out_free[i], 1);
     }
     mbarrier_init_fence();
 }
@@ -96,15 +97,14 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1)
         return;
     }
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
-    if (role == STATE_WARPGROUPS) {
-#if !defined(FLASHQLA_HALF)
+    if (role > STATE_WARPGROUPS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)COPIES_REGISTERS));
+        run_copies(p, s, first_v, thread % WARPGROUP);
+    } else if (role == STATE_WARPGROUPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)SCORES_REGISTERS));
-#endif
-        run_scores(p, s, first_v, thread % WARPGROUP);
+        run_scores(s, thread % WARPGROUP);
     } else {
-#if !defined(FLASHQLA_HALF)
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)STATE_REGISTERS));
-#endif
         run_state(p, s, first_v, role, thread % WARPGROUP, s.start < s.segment.first);
     }
 }

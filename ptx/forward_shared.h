@@ -14,33 +14,30 @@ enum { STATE_WARPGROUPS = 2, FORWARD_THREADS = FQLA__FORWARD_THREADS, FORWARD_SH
 #endif
 enum { STATE_WARPS = 4 * STATE_WARPGROUPS, STATE_COLUMNS = 64, SPLIT = DIM / STATE_COLUMNS / STATE_WARPGROUPS };
 enum { SLOTS = 3, OUT_SLOTS = 2 };
-static_assert(FORWARD_THREADS == (STATE_WARPGROUPS + 1) * WARPGROUP, "a warpgroup a role");
+static_assert(FORWARD_THREADS == (STATE_WARPGROUPS + 2) * WARPGROUP, "a warpgroup a role");
 
-/* What a chunk brings besides v. 42 KB */
+/* What a chunk brings: 58 KB, or 50 KB with half of V */
 typedef struct __align__(1024) ChunkSlot {
-    Tile k[2], q[2]; /* columns 0-63, 64-127 */
-    Square t;        /* T below its diagonal */
+    Tile k[2], q[2];          /* columns 0-63, 64-127 */
+    Tile v[STATE_WARPGROUPS]; /* a warpgroup's 64 columns */
+    Square t;                 /* T below its diagonal */
     fqla__factors factors;
 } ChunkSlot;
 
 /* Chunks are numbered from where the block's state starts. Number i uses slot i % 3 of what comes in, of P and of what goes out i % 2;
    the phase of a barrier is i / 3 or i / 2. */
 typedef struct __align__(1024) ForwardShared {
-    ChunkSlot chunk[SLOTS];                 /*                                                       126 KB */
-    Tile v[SLOTS][STATE_WARPGROUPS];        /* a warpgroup's 64 columns                              48 KB or 24 KB */
-    Tile o[OUT_SLOTS][STATE_WARPGROUPS];    /* the same of O                                         32 KB or 16 KB */
-    Square p[OUT_SLOTS];                    /*                                                       16 KB */
+    ChunkSlot chunk[SLOTS];              /*                                                       174 KB or 150 KB */
+    Tile o[OUT_SLOTS][STATE_WARPGROUPS]; /* a state warpgroup's columns of O                      32 KB or 16 KB */
+    Square p[OUT_SLOTS];                 /*                                                       16 KB */
     Segment segment;
-    int32_t start;                          /* the chunk where the state starts: the segment's first, or earlier where it is warm */
-    uint64_t chunk_full[SLOTS];             /* copy engine -> scores, state: k and q, and what kernel prepare made */
-    uint64_t chunk_free[SLOTS];             /* state -> loads */
-    uint64_t p_full[OUT_SLOTS];             /* scores -> state: P is there */
-    uint64_t part_full;                     /* scores -> state: a last chunk, a part of one, has zeros in the rows past its end */
-    /* and for each state warpgroup by itself */
-    uint64_t v_full[SLOTS][STATE_WARPGROUPS];       /* copy engine -> state (of a part of a chunk -> scores) */
-    uint64_t v_free[SLOTS][STATE_WARPGROUPS];       /* state -> loads */
-    uint64_t out_full[OUT_SLOTS][STATE_WARPGROUPS]; /* state -> loads, scores: O is there and P is used */
-    uint64_t out_free[OUT_SLOTS][STATE_WARPGROUPS]; /* loads -> state: O has left */
+    int32_t start;                       /* the chunk where the state starts: the segment's first, or earlier where it is warm */
+    uint64_t chunk_full[SLOTS];          /* copy engine -> scores, state */
+    uint64_t chunk_free[SLOTS];          /* state -> copies */
+    uint64_t p_full[OUT_SLOTS];          /* scores -> state: P is there */
+    uint64_t out_full[OUT_SLOTS];        /* state -> copies, scores: O is there and P is used */
+    uint64_t out_free[OUT_SLOTS];        /* copies -> state: O has left */
+    uint64_t part_full;                  /* scores -> state: a last chunk, a part of one, has zeros in the rows past its end */
 } ForwardShared;
 
 static_assert(sizeof(ForwardShared) == FORWARD_SHARED_BYTES, "what the host asks for");

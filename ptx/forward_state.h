@@ -1,14 +1,73 @@
 /* A state warpgroup of the forward: 64 of the state's columns through the segment's chunks. state.h has a step's products; O's are
 
-       O   = scale (o (S0^T Q^T) + Vn P^T)  64 x 64      off the chain
+       QS  = S0^T Q^T                     64 x 64      under W
+       O   = scale (o QS + Vn P^T)        64 x 64      off the chain
 
-   Chunk c + 1's KS starts before chunk c's O is read out. What a step needs from shared memory's barriers it waits for while its
-   products run. */
+   A chunk's products in the order in which they are issued, and what the warps do meanwhile:
+
+       K S0        O of the chunk before goes to shared memory, V^T comes
+       Q S0        W
+       T W         barriers are waited for, the state is scaled
+       update      its operands are packed a step of 16 tokens ahead, Q S0 is scaled
+       P Vn        the state is packed for the next chunk's K S0
+
+   ks and o stay in the same registers from chunk to chunk: 64 + 32 + 32 of accumulators, 32 + 16 + 16 of operands. */
 #ifndef FLASHQLA_FORWARD_STATE_H
 #define FLASHQLA_FORWARD_STATE_H
 
 #include "forward_shared.h"
 #include "state.h"
+
+/* V^T, two elements a register: a left operand's order. */
+static __device__ __forceinline__ void load_v(uint32_t (&v16)[16], const Tile *v, const Lane &lane) {
+    const uint32_t columns = shared_address(v->bytes) + lane.columns;
+#pragma unroll
+    for (int pair = 0; pair < CHUNK / 16; pair++) load_tiles_transposed(*(uint32_t(*)[4])&v16[4 * pair], columns + pair * 2048);
+}
+
+/* [64 x 64] = left operand [64 x 128] by the transposed rows of two tiles, K^T or Q^T, in the registers of the chunk before. */
+static __device__ __forceinline__ void multiply_rows_again(float (&d)[32], const uint32_t (&state)[32], uint32_t tiles) {
+    wgmma_64x64_again(d, &state[0], tile_descriptor(tiles, 0));
+#pragma unroll
+    for (int step = 1; step < DIM / 16; step++) wgmma_64x64(d, &state[4 * step], tile_descriptor(tiles + step_units(step), 0));
+}
+
+/* KS in place to beta W, where Vn begins, and W itself as a left operand. */
+static __device__ __forceinline__ void start_vn(float (&ks)[32], uint32_t (&w16)[16], const uint32_t (&v16)[16], const fqla__factors &factors,
+                                                const Lane &lane) {
+#pragma unroll
+    for (int tile = 0; tile < CHUNK / 8; tile++) {
+        const float2 factor = factors_of(factors.w, lane, tile);
+        float *d = &ks[4 * tile];
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            d[2 * half] = low_element(v16[2 * tile + half]) - factor.x * d[2 * half];
+            d[2 * half + 1] = high_element(v16[2 * tile + half]) - factor.y * d[2 * half + 1];
+        }
+    }
+    pack_operand(w16, ks);
+    scale_columns<1>(ks, factors.beta, lane);
+}
+
+/* state += K^T (update Vn), 16 tokens as soon as their operand is packed; vn16: Vn itself, for O. */
+static __device__ __forceinline__ void start_update(float (&state)[64], uint32_t (&vn16)[16], uint32_t (&update16)[16], const float (&vn)[32],
+                                                    const float *update, uint32_t k, const Lane &lane) {
+#pragma unroll
+    for (int step = 0; step < CHUNK / 16; step++) {
+#pragma unroll
+        for (int tile = 2 * step; tile < 2 * step + 2; tile++) {
+            const float2 factor = factors_of(update, lane, tile);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float low = vn[4 * tile + 2 * half], high = vn[4 * tile + 2 * half + 1];
+                vn16[2 * tile + half] = pack_elements(low, high);
+                update16[2 * tile + half] = pack_elements(low * factor.x, high * factor.y);
+            }
+        }
+        wgmma_fence();
+        wgmma_64x128_transposed(state, &update16[4 * step], tile_descriptor(k + step * 128, TILE_UNITS));
+    }
+}
 
 /* scale O^T into its place: the warp's 16 columns. */
 static __device__ __forceinline__ void stage_output(const float (&o)[32], float scale, Tile *tile, const Lane &lane) {
@@ -31,14 +90,13 @@ static __device__ __forceinline__ void send_rows(const fqla__forward_params &p, 
         *(uint4 *)(to + row * p.o_token) = *(const uint4 *)(tile->bytes + row * 128 + (((2 * warp + lane % 2) ^ (row % 8)) * 16));
 }
 
-/* Wait until chunk number i is there, and its v; where a part of it is another sequence's, until that is zeros. Past the last there is
+/* Wait until chunk number i is there; where a part of it is another sequence's, until that is zeros. Past the last there is
    nothing to wait for: its KS is issued all the same, of whatever lies in the slot, and not used, since a wgmma in flight on one of two
    paths would make the compiler wait for every one. */
-static __device__ __forceinline__ void wait_chunk(ForwardShared &s, const Ring &ring, int warpgroup, int number, int whole, int numbers) {
+static __device__ __forceinline__ void wait_chunk(ForwardShared &s, const Ring &ring, int number, int whole, int numbers) {
     if (number >= numbers) return;
     if (number >= whole) mbarrier_wait(&s.part_full, 0);
     mbarrier_wait(&s.chunk_full[ring.slot], ring.phase);
-    mbarrier_wait(&s.v_full[ring.slot][warpgroup], ring.phase);
 }
 
 /* What the warp has read or written is there for others. */
@@ -65,65 +123,64 @@ static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s
     int number = 0;
     for (; number < warm_up; number++) {
         const uint32_t units = first_slot + ring.slot * (sizeof(ChunkSlot) / 16);
-        wait_chunk(s, ring, warpgroup, number, whole, numbers);
+        wait_chunk(s, ring, number, whole, numbers);
         mbarrier_wait(&s.p_full[out.slot], out.phase); /* there is none, but the phases stay in step */
-        advance_state(state, units, units + offsetof(ChunkSlot, t) / 16, s.chunk[ring.slot].factors, &s.v[ring.slot][warpgroup], lane);
-        arrive(&s.v_free[ring.slot][warpgroup], thread);
+        advance_state(state, units, units + offsetof(ChunkSlot, t) / 16, s.chunk[ring.slot].factors, &s.chunk[ring.slot].v[warpgroup], lane);
         arrive(&s.chunk_free[ring.slot], thread);
-        arrive(&s.out_full[out.slot][warpgroup], thread);
+        arrive(&s.out_full[out.slot], thread);
         ring_next<SLOTS>(ring);
         ring_next<OUT_SLOTS>(out);
     }
 
     pack_operand(state16, state);
-    wait_chunk(s, ring, warpgroup, number, whole, numbers);
+    wait_chunk(s, ring, number, whole, numbers);
+#pragma unroll
+    for (int i = 0; i < 32; i++) ks[i] = o[i] = 0.0f;
     wgmma_fence();
-    multiply_rows(ks, state16, first_slot + ring.slot * (sizeof(ChunkSlot) / 16));
+    multiply_rows_again(ks, state16, first_slot + ring.slot * (sizeof(ChunkSlot) / 16));
     wgmma_commit();
     for (; number < numbers; number++) {
         const uint32_t units = first_slot + ring.slot * (sizeof(ChunkSlot) / 16);
         const fqla__factors &factors = s.chunk[ring.slot].factors;
         const Ring now = ring, now_out = out;
-        uint32_t w16[16], update16[16];
+        uint32_t v16[16], vn16[16], update16[16];
         ring_next<SLOTS>(ring);
         ring_next<OUT_SLOTS>(out);
 
+        load_v(v16, &s.chunk[now.slot].v[warpgroup], lane);
         wgmma_wait<0>();
         wgmma_settle(ks);
-        subtract_from_v(ks, &s.v[now.slot][warpgroup], factors.w, lane);
-        pack_operand(w16, ks);
-        scale_columns<1>(ks, factors.beta, lane);
         wgmma_fence();
-        multiply_square(ks, w16, units + offsetof(ChunkSlot, t) / 16);
-        multiply_rows(o, state16, units + offsetof(ChunkSlot, q) / 16);
+        multiply_rows_again(o, state16, units + offsetof(ChunkSlot, q) / 16);
         wgmma_commit();
-        arrive(&s.v_free[now.slot][warpgroup], thread);
-        wait_chunk(s, ring, warpgroup, number + 1, whole, numbers);
+        start_vn(ks, vn16, v16, factors, lane); /* vn16 is W until Vn is there */
+        wgmma_fence();
+        multiply_square(ks, vn16, units + offsetof(ChunkSlot, t) / 16);
+        wgmma_commit();
+        wait_chunk(s, ring, number + 1, whole, numbers);
+        if (number >= OUT_SLOTS) mbarrier_wait(&s.out_free[now_out.slot], now_out.phase ^ 1);
         scale_state(state, factors.gamma_chunk);
         wgmma_wait<0>();
         wgmma_settle(ks);
-        pack_columns(w16, update16, ks, factors.update, lane); /* w16 is Vn from here on */
-        wgmma_fence();
-        multiply_update(state, update16, units);
+        start_update(state, vn16, update16, ks, factors.update, units, lane);
         wgmma_commit();
+        mbarrier_wait(&s.p_full[now_out.slot], now_out.phase); /* here, since ptxas would put the next lines between the update's products */
         wgmma_settle(o);
         scale_columns<1>(o, factors.o, lane);
-        mbarrier_wait(&s.p_full[now_out.slot], now_out.phase);
         wgmma_fence();
-        multiply_square(o, w16, first_p + now_out.slot * (sizeof(Square) / 16));
+        multiply_square(o, vn16, first_p + now_out.slot * (sizeof(Square) / 16));
         wgmma_commit();
         wgmma_wait<1>();
         wgmma_settle(state);
-        arrive(&s.chunk_free[now.slot], thread);
         pack_operand(state16, state);
         wgmma_fence();
-        multiply_rows(ks, state16, first_slot + ring.slot * (sizeof(ChunkSlot) / 16));
+        multiply_rows_again(ks, state16, first_slot + ring.slot * (sizeof(ChunkSlot) / 16));
         wgmma_commit();
+        arrive(&s.chunk_free[now.slot], thread);
         wgmma_wait<1>();
         wgmma_settle(o);
-        if (number >= OUT_SLOTS) mbarrier_wait(&s.out_free[now_out.slot][warpgroup], now_out.phase ^ 1);
         stage_output(o, p.scale, &s.o[now_out.slot][warpgroup], lane);
-        arrive(&s.out_full[now_out.slot][warpgroup], thread);
+        arrive(&s.out_full[now_out.slot], thread);
         if (__builtin_expect(every > 0, 0)) {
             const int chunks = s.start + number + 1;
             if (chunks % every == 0 && chunks * CHUNK <= segment.len)

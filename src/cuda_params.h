@@ -71,9 +71,9 @@ enum {
     FQLA__STATES_SHARED_BYTES = 105472,  /* StatesShared in ptx/states.cu */
     FQLA__SCAN_THREADS = 128,            /* a warpgroup that owns 64 state columns */
     FQLA__SCAN_SHARED_BYTES = 197632,    /* ScanShared in ptx/scan.cu */
-    FQLA__FORWARD_THREADS = 384,         /* whole V: two warpgroups that own 64 state columns each, one that makes P */
+    FQLA__FORWARD_THREADS = 512,         /* whole V: two warpgroups that own 64 state columns each, one that makes P, one that copies */
     FQLA__FORWARD_SHARED_BYTES = 228352, /* ForwardShared in ptx/forward_shared.h */
-    FQLA__HALF_THREADS = 256,            /* V over two blocks: one of each */
+    FQLA__HALF_THREADS = 384,            /* V over two blocks: one of each */
     FQLA__HALF_SHARED_BYTES = 187392,
     FQLA__CHUNK_ROWS = 64,               /* rows of a chunk */
     FQLA__LOAD_COLUMNS = 64,             /* columns of the boxes of q, k, v, o: 128 bytes, CU_TENSOR_MAP_SWIZZLE_128B */

@@ -2,7 +2,8 @@
 //
 // V's split, the grids and the workspace follow from the plan's maxima alone; where sequences are cut follows from their lengths too,
 // so that an update chooses anew. Both minimise a model of the time, whose constants were fitted to measurements (ptx/LADDER.md).
-// What the model cannot know is assumed: a quarter of the heads is exact (ptx/segment.h), the others warm up over six chunks.
+// What the model cannot know is assumed: a quarter of the heads is exact (ptx/segment.h), the others warm up over six chunks; where
+// segments are shorter than that, all heads are exact.
 
 /* Microseconds on one multiprocessor of a Hopper GPU. */
 static const struct {
@@ -11,8 +12,9 @@ static const struct {
     double warm_up;              /* the state alone, in either */
     double state;                /* a chunk of half a state or transition, kernel states, two of them on a multiprocessor */
     double scan;                 /* a segment, kernel scan */
-    double start, cut;           /* launches and first loads: of prepare and forward, of states and scan */
-} fqla__costs = {0.46, 2.3, 1.64, 1.2, 1.9, 2.9, 12.7, 7.6};
+    double start, cut;           /* launches: of prepare and forward, of states and scan */
+    double block;                /* of forward: its segment's place, first loads, the state in and out */
+} fqla__costs = {0.46, 2.02, 1.2, 1.18, 1.26, 1.66, 0.9, 4.6, 8.2};
 
 enum {
     FQLA__WARM_UP_CHUNKS = 6,    /* assumed */
@@ -55,7 +57,9 @@ static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule,
     enum { MOST_SERVERS = 512 };
     const fqla_plan_desc *d = &plan->desc;
     const int32_t sm_count = plan->context->summary.sm_count, servers = sm_count > 0 && sm_count < MOST_SERVERS ? sm_count : MOST_SERVERS;
-    const int32_t copies = d->heads_v * schedule->v_split, exact = d->heads_v / FQLA__EXACT_HEADS;
+    const int32_t copies = d->heads_v * schedule->v_split;
+    const int32_t warm_up = segment_chunks >= FQLA__WARM_UP_CHUNKS ? FQLA__WARM_UP_CHUNKS : 0;
+    const int32_t exact = segment_chunks >= FQLA__WARM_UP_CHUNKS ? d->heads_v / FQLA__EXACT_HEADS : d->heads_v;
     const double cost = schedule->v_split == 2 ? fqla__costs.half : fqla__costs.whole;
     double heap[MOST_SERVERS], total = 0.0, longest = 0.0, end = 0.0, first_pass = 0.0;
     int64_t chunks = 0, segments = 0, first_pass_blocks = 0, most = 0;
@@ -78,7 +82,7 @@ static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule,
             if (cut != (pass == 0)) continue;
             for (first = 0; first < length; first += cut ? segment_chunks : length) {
                 const int64_t own = cut && length - first > segment_chunks ? segment_chunks : length - first;
-                const double time = (double)own * cost + (first > 0 ? (double)FQLA__WARM_UP_CHUNKS * fqla__costs.warm_up : 0.0);
+                const double time = (double)own * cost + (first > 0 ? warm_up * fqla__costs.warm_up : 0.0) + fqla__costs.block;
                 total += time * copies;
                 if (time > longest) longest = time;
                 if (segments * copies <= FQLA__SIMULATED_BLOCKS)
