@@ -1,5 +1,7 @@
 /* All of the backward that needs no other chunk: dq, dk, dg, dbeta of a chunk, after kernel backward_chains has left its S0, dS1,
-   Vn and dV (dW in what follows). A block is a chunk of a q/k head and takes the v-heads that read it one after the other.
+   Vn and dV (dW in what follows). An item is a chunk of a q/k head: a block takes the v-heads that read it one after the other, a
+   step each, then the next item, a grid further on. There are as many blocks as multiprocessors, so that the next item's loads are
+   under way while this one's results leave.
 
    The maths: backward_rows.h and backward_scores.h. Per v-head, 1U = a 64 x 128 x 128 product = 512 tensor cycles:
 
@@ -11,18 +13,21 @@
 
    Roles, a warpgroup each: QUERIES dq, KEYS dk, SCORES the 64 x 64 matrices, the gates, and loads.
 
-   The pipeline, h the v-head at hand:
+   The pipeline, n the step at hand:
 
-       copy engine   second(h): S0, dO, dW | second(h+1), first(h+2): dS1, Vn, factors   (112 KB under way, never less than 48)
+       copy engine   second(n): S0, dO, dW | second(n+1), first(n+2): dS1, Vn, factors   (112 KB under way, never less than 48)
        QUERIES       dO S0^T, dots and sum | dP K
-       KEYS          Vn dS1^T, sum (under the loads of second(h)) | dW S0^T, sum | dP^T Q, dKK K, dKK^T K
+       KEYS          Vn dS1^T, sum (under the loads of second(n)) | dW S0^T, sum | dP^T Q, dKK K, dKK^T K
        SCORES        dO Vn^T, dW Vn^T, under them <dS1, S0> | all used: loads | dP, dKK, Z | dg, dbeta, by one warp
+
+   and after an item's last step dq and dk leave by way of first's place, while q and k of the next come: first(n+2) once they have
+   left.
 
    Shared memory: backward_shared.h. */
 #include "backward_scores.h"
 #include "grid.h"
 
-enum { ROWS_REGISTERS = 184, SCORES_REGISTERS = 136 };
+enum { ROWS_REGISTERS = 176, SCORES_REGISTERS = 152 };
 static_assert(2 * ROWS_REGISTERS + SCORES_REGISTERS <= 504, "three warpgroups share 504 registers a thread triple");
 
 extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
@@ -40,7 +45,10 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
 
     if (thread == 0) {
         mbarrier_init(&s.qk_full, 1);
+        mbarrier_init(&s.cleared, FQLA__GRADIENTS_THREADS);
         mbarrier_init(&s.second_full, 1);
+        mbarrier_init(&s.qk_free, 2 * WARPGROUP / WARP);
+        mbarrier_init(&s.sent, 2);
         mbarrier_init(&s.used, GRADIENTS_WARPS);
         mbarrier_init(&s.scores_ready, WARPGROUP / WARP);
         for (int i = 0; i < 2; i++) {
@@ -55,37 +63,28 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
     grid_launch_dependents();
     grid_wait();
 
-    Place place;
-    place.number = blockIdx.x / (uint32_t)f.heads_qk;
-    place.head_qk = (int32_t)(blockIdx.x % (uint32_t)f.heads_qk);
-    place.heads = f.heads_v / f.heads_qk;
-    if (place.number >= f.table->chunks) return;
-    const fqla__device_sequence *sequences = (const fqla__device_sequence *)(f.table + 1);
-    const fqla__device_sequence sequence = sequences[find_sequence(sequences, f.table->num_seqs, place.number, thread % WARP)];
-    const int64_t in_sequence = (place.number - sequence.chunk) * CHUNK;
-    place.row = sequence.row + in_sequence;
-    place.valid = (int32_t)min((int64_t)CHUNK, sequence.len - in_sequence);
+    const int items = count_items(f);
+    if (items <= 0) return;
+    for (int item = thread / WARP; item < min(2, items); item += GRADIENTS_WARPS) {
+        const Place place = find_place(f, item, thread % WARP);
+        if (thread % WARP == 0) s.places[item] = place;
+    }
     __syncthreads();
     if (thread == 0) {
-        load_chunk_rows(p, s, place);
-        load_first(p, s, place, 0);
-        load_second(p, s, place, 0);
-        if (place.heads > 1) load_first(p, s, place, 1);
+        load_chunk_rows(p, s, s.places[0]);
+        load_first(p, s, 0, items, 0, 0);
+        load_second(p, s, 0, items, 0);
+        load_first(p, s, 0, items, 1, 1);
     }
-    mbarrier_wait(&s.qk_full, 0);
-    if (place.valid < CHUNK) {
-        for (int i = 0; i < 4; i++) clear_tile_rows(&s.q[0] + i, place.valid, thread, FQLA__GRADIENTS_THREADS); /* q, k */
-        fence_proxy_async();
-        __syncthreads();
-    }
+    __syncwarp();
 
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
     if (role == SCORES) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)SCORES_REGISTERS));
-        run_scores(p, s, place, thread % WARPGROUP);
+        run_scores(p, s, items, thread % WARPGROUP);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)ROWS_REGISTERS));
-        if (role == QUERIES) run_queries(p, s, place, thread);
-        else run_keys(p, s, place, thread % WARPGROUP);
+        if (role == QUERIES) run_queries(p, s, items, thread);
+        else run_keys(p, s, items, thread % WARPGROUP);
     }
 }

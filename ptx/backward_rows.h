@@ -94,102 +94,123 @@ static __device__ __forceinline__ void through_norm(float (&d)[64], const Tile *
     }
 }
 
-/* dq or dk to memory, by way of two tiles. */
-template <int barrier> static __device__ __forceinline__ void send_gradient(const float (&d)[64], Tile *tiles, const Place &place,
-                                                                            const void *map, void *rows, int64_t token,
-                                                                            int64_t head, int thread) {
+/* dq or dk to memory, by way of two tiles of the item's last step's first part, which all have read. */
+template <int barrier> static __device__ __forceinline__ void send_gradient(const float (&d)[64], GradientsShared &s, Tile *tiles,
+                                                                            const Place &place, const void *map, void *rows,
+                                                                            int64_t token, int64_t head, int thread) {
     const int warp = thread / WARP, lane = thread % WARP;
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) store_tile_block(&tiles[step / 4], warp, step % 4, lane, &d[8 * step]);
     fence_proxy_async();
     named_barrier<barrier, WARPGROUP>();
     if (place.valid == CHUNK) {
-        if (thread != 0) return;
-        for (int half = 0; half < 2; half++)
-            tma_store(map, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &tiles[half]);
-        bulk_commit();
-        bulk_store_wait<0>();
-        return;
+        if (thread == 0) {
+            for (int half = 0; half < 2; half++)
+                tma_store(map, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &tiles[half]);
+            bulk_commit();
+            bulk_store_wait<0>();
+        }
+    } else {
+        for (int unit = thread; unit < place.valid * (DIM / 8); unit += WARPGROUP) {
+            const int row = unit / (DIM / 8), column = unit % (DIM / 8);
+            *(uint4 *)((uint16_t *)rows + (place.row + row) * token + place.head_qk * head + column * 8) =
+                *(const uint4 *)(tiles[column / 8].bytes + row * 128 + ((column % 8 ^ row % 8) * 16));
+        }
+        named_barrier<barrier, WARPGROUP>();
     }
-    for (int unit = thread; unit < place.valid * (DIM / 8); unit += WARPGROUP) {
-        const int row = unit / (DIM / 8), column = unit % (DIM / 8);
-        *(uint4 *)((uint16_t *)rows + (place.row + row) * token + place.head_qk * head + column * 8) =
-            *(const uint4 *)(tiles[column / 8].bytes + row * 128 + ((column % 8 ^ row % 8) * 16));
-    }
+    if (thread == 0) mbarrier_arrive(&s.sent);
+    __syncwarp();
 }
 
 enum { QUERIES_BARRIER = 2, KEYS_BARRIER = 3, SCORES_BARRIER = 4 };
 
-static __device__ void run_queries(const fqla__backward_params &p, GradientsShared &s, const Place &place, int thread) {
+static __device__ void run_queries(const fqla__backward_params &p, GradientsShared &s, int items, int thread) {
     const int warp = thread / WARP, lane = thread % WARP, row = BLOCK * warp + lane / 4;
+    const int heads = p.forward.heads_v / p.forward.heads_qk;
     float dq[64], product[64];
+    int n = 0, clears = 0;
+    for (int item = 0; item < items; item++) {
+        const Place &place = s.places[item % PLACES];
+        if (place.valid < CHUNK) wait_rows(s, place, item, clears);
 #pragma unroll
-    for (int i = 0; i < 64; i++) dq[i] = 0.0f;
-    for (int h = 0; h < place.heads; h++) {
-        const fqla__factors &factors = s.factors[h % 3];
-        wait_second(s, place, h);
-        wgmma_fence();
-        multiply_state(product, shared_units(s.second.dout), shared_units(s.second.s));
-        wgmma_commit();
-        const float upper = factors.o[row] * p.forward.scale, lower = factors.o[row + 8] * p.forward.scale;
-        wgmma_wait<0>();
-        wgmma_settle(product);
-        arrive_warp(&s.used, lane);
-        add_rows(dq, product, upper, lower, s.q, s.sums[h % 2].query, 1.0f, warp, lane);
-        arrive_warp(&s.dots_ready[h % 2], lane);
-        mbarrier_wait(&s.scores_ready, h % 2);
-        wgmma_fence();
-        multiply_tokens(dq, shared_units(&s.dp), shared_units(s.k));
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_settle(dq);
+        for (int i = 0; i < 64; i++) dq[i] = 0.0f;
+        for (int h = 0; h < heads; h++, n++) {
+            const fqla__factors &factors = s.factors[n % 3];
+            wait_second(s, place, n, clears);
+            wgmma_fence();
+            multiply_state(product, shared_units(s.second.dout), shared_units(s.second.s));
+            wgmma_commit();
+            const float upper = factors.o[row] * p.forward.scale, lower = factors.o[row + 8] * p.forward.scale;
+            mbarrier_wait(&s.qk_full, item % 2);
+            wgmma_wait<0>();
+            wgmma_settle(product);
+            arrive_warp(&s.used, lane);
+            add_rows(dq, product, upper, lower, s.q, s.sums[n % 2].query, 1.0f, warp, lane);
+            arrive_warp(&s.dots_ready[n % 2], lane);
+            mbarrier_wait(&s.scores_ready, n % 2);
+            wgmma_fence();
+            multiply_tokens(dq, shared_units(&s.dp), shared_units(s.k));
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_settle(dq);
+        }
+        if (p.forward.l2norm) through_norm(dq, s.q, s.square_q, warp, lane);
+        arrive_warp(&s.qk_free, lane);
+        mbarrier_wait(&s.used, (n - 1) % 2);
+        send_gradient<QUERIES_BARRIER>(dq, s, s.first[(n - 1) % 2].ds[0], place, &p.dq, p.dq_rows, p.forward.q_token,
+                                       p.forward.q_head, thread);
     }
-    if (p.forward.l2norm) through_norm(dq, s.q, s.square_q, warp, lane);
-    mbarrier_wait(&s.used, (place.heads - 1) % 2); /* second is free */
-    send_gradient<QUERIES_BARRIER>(dq, s.second.s[0], place, &p.dq, p.dq_rows, p.forward.q_token, p.forward.q_head, thread);
 }
 
-static __device__ void run_keys(const fqla__backward_params &p, GradientsShared &s, const Place &place, int thread) {
+static __device__ void run_keys(const fqla__backward_params &p, GradientsShared &s, int items, int thread) {
     const int warp = thread / WARP, lane = thread % WARP, row = BLOCK * warp + lane / 4;
+    const int heads = p.forward.heads_v / p.forward.heads_qk;
     float dk[64], product[64];
+    int n = 0, clears = 0;
+    for (int item = 0; item < items; item++) {
+        const Place &place = s.places[item % PLACES];
+        if (place.valid < CHUNK) wait_rows(s, place, item, clears);
 #pragma unroll
-    for (int i = 0; i < 64; i++) dk[i] = 0.0f;
-    for (int h = 0; h < place.heads; h++) {
-        const fqla__factors &factors = s.factors[h % 3];
-        const FirstPart &first = s.first[h % 2];
-        HeadSums &sums = s.sums[h % 2];
-        mbarrier_wait(&s.first_full[h % 2], h / 2 % 2);
-        wgmma_fence();
-        multiply_state(product, shared_units(first.vn), shared_units(first.ds));
-        wgmma_commit();
-        const float update[2] = {factors.update[row] * p.unit, factors.update[row + 8] * p.unit},
-                    w[2] = {factors.w[row], factors.w[row + 8]};
-        wgmma_wait<0>();
-        wgmma_settle(product);
-        add_rows(dk, product, update[0], update[1], s.k, sums.update, 1.0f, warp, lane);
+        for (int i = 0; i < 64; i++) dk[i] = 0.0f;
+        for (int h = 0; h < heads; h++, n++) {
+            const fqla__factors &factors = s.factors[n % 3];
+            const FirstPart &first = s.first[n % 2];
+            HeadSums &sums = s.sums[n % 2];
+            mbarrier_wait(&s.first_full[n % 2], n / 2 % 2);
+            wgmma_fence();
+            multiply_state(product, shared_units(first.vn), shared_units(first.ds));
+            wgmma_commit();
+            const float update[2] = {factors.update[row] * p.unit, factors.update[row + 8] * p.unit},
+                        w[2] = {factors.w[row], factors.w[row + 8]};
+            mbarrier_wait(&s.qk_full, item % 2);
+            wgmma_wait<0>();
+            wgmma_settle(product);
+            add_rows(dk, product, update[0], update[1], s.k, sums.update, 1.0f, warp, lane);
 
-        wait_second(s, place, h);
-        wgmma_fence();
-        multiply_state(product, shared_units(s.second.dw), shared_units(s.second.s));
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_settle(product);
-        arrive_warp(&s.used, lane);
-        add_rows(dk, product, w[0], w[1], s.k, sums.key, -1.0f, warp, lane);
-        arrive_warp(&s.dots_ready[h % 2], lane);
+            wait_second(s, place, n, clears);
+            wgmma_fence();
+            multiply_state(product, shared_units(s.second.dw), shared_units(s.second.s));
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_settle(product);
+            arrive_warp(&s.used, lane);
+            add_rows(dk, product, w[0], w[1], s.k, sums.key, -1.0f, warp, lane);
+            arrive_warp(&s.dots_ready[n % 2], lane);
 
-        mbarrier_wait(&s.scores_ready, h % 2);
-        wgmma_fence();
-        multiply_transposed(dk, shared_units(&s.dp), shared_units(s.q));
-        multiply_tokens(dk, shared_units(&s.m), shared_units(s.k));
-        multiply_transposed(dk, shared_units(&s.m), shared_units(s.k));
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_settle(dk);
+            mbarrier_wait(&s.scores_ready, n % 2);
+            wgmma_fence();
+            multiply_transposed(dk, shared_units(&s.dp), shared_units(s.q));
+            multiply_tokens(dk, shared_units(&s.m), shared_units(s.k));
+            multiply_transposed(dk, shared_units(&s.m), shared_units(s.k));
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_settle(dk);
+        }
+        if (p.forward.l2norm) through_norm(dk, s.k, s.square_k, warp, lane);
+        arrive_warp(&s.qk_free, lane);
+        mbarrier_wait(&s.used, (n - 1) % 2);
+        send_gradient<KEYS_BARRIER>(dk, s, s.first[(n - 1) % 2].ds[1], place, &p.dk, p.dk_rows, p.k_token, p.k_head, thread);
     }
-    if (p.forward.l2norm) through_norm(dk, s.k, s.square_k, warp, lane);
-    mbarrier_wait(&s.used, (place.heads - 1) % 2);
-    send_gradient<KEYS_BARRIER>(dk, s.second.s[1], place, &p.dk, p.dk_rows, p.k_token, p.k_head, thread);
 }
 
 #endif

@@ -31,15 +31,26 @@ static __device__ __forceinline__ float half_of_bf16(uint32_t pair, int high) {
 
 /* ---- loads, by one thread --------------------------------------------------------------------------------------------------- */
 
-static __device__ __forceinline__ void load_first(const fqla__backward_params &p, GradientsShared &s, const Place &place, int h) {
+/* Step n's first part, where there is such a step: v-head h of an item, h counted on into the next. */
+static __device__ __forceinline__ void load_first(const fqla__backward_params &p, GradientsShared &s, int item, int items, int h,
+                                                  int n) {
+    const int heads = p.forward.heads_v / p.forward.heads_qk;
+    if (h >= heads) h -= heads, item++;
+    if (item >= items) return;
+    const Place &place = s.places[item % PLACES];
     const int64_t entry = place.number * p.forward.heads_v + group_head(p.forward, place.head_qk, h);
-    uint64_t *full = &s.first_full[h % 2];
+    uint64_t *full = &s.first_full[n % 2];
     mbarrier_arrive_expect(full, sizeof(FirstPart) + sizeof(fqla__factors));
-    bulk_load(&s.first[h % 2], p.chunks[entry].ds, sizeof(FirstPart), full);
-    bulk_load(&s.factors[h % 3], &p.forward.prepared[entry].factors, sizeof(fqla__factors), full);
+    bulk_load(&s.first[n % 2], p.chunks[entry].ds, sizeof(FirstPart), full);
+    bulk_load(&s.factors[n % 3], &p.forward.prepared[entry].factors, sizeof(fqla__factors), full);
 }
 
-static __device__ __forceinline__ void load_second(const fqla__backward_params &p, GradientsShared &s, const Place &place, int h) {
+/* Its second. */
+static __device__ __forceinline__ void load_second(const fqla__backward_params &p, GradientsShared &s, int item, int items, int h) {
+    const int heads = p.forward.heads_v / p.forward.heads_qk;
+    if (h >= heads) h -= heads, item++;
+    if (item >= items) return;
+    const Place &place = s.places[item % PLACES];
     const int head = group_head(p.forward, place.head_qk, h);
     mbarrier_arrive_expect(&s.second_full, sizeof(SecondPart));
     bulk_load(s.second.s, p.chunks[place.number * p.forward.heads_v + head].s, sizeof s.second.s, &s.second_full);
@@ -95,9 +106,9 @@ static __device__ __forceinline__ float log2_decay(const fqla__factors &f, int i
 /* dbeta of token j from e_j = V_j - w_j K_j S0 - sum_{i<j} N_ji Vn_i, what the state makes of v, and its share of the gradient,
    update_j K_j dS1 + sum_{i>=j} P_ij dO_i - sum_{i>j} N_ij dW_i, N = exp(G_i - G_j) r_i r_j K K^T. A thread a column of V. */
 static __device__ __forceinline__ void tiny_beta(const fqla__backward_params &p, GradientsShared &s, const Place &place, int h,
-                                                 int j, int thread) {
-    const fqla__factors &f = s.factors[h % 3];
-    const FirstPart &first = s.first[h % 2];
+                                                 int n, int j, int thread) {
+    const fqla__factors &f = s.factors[n % 3];
+    const FirstPart &first = s.first[n % 2];
     const int i = thread % CHUNK, v = thread, half = v / 64, head = group_head(p.forward, place.head_qk, h);
     const bool queries = thread >= CHUNK;
     float dot = 0.0f, state = 0.0f, gradient = 0.0f;
@@ -124,7 +135,7 @@ static __device__ __forceinline__ void tiny_beta(const fqla__backward_params &p,
     const float sum = sum_warp(e * gradient);
     if (thread % WARP == 0) s.tiny_sum[thread / WARP] = sum;
     named_barrier<SCORES_BARRIER, WARPGROUP>();
-    if (thread == 0) s.sums[h % 2].tiny[j] = (s.tiny_sum[0] + s.tiny_sum[1]) + (s.tiny_sum[2] + s.tiny_sum[3]);
+    if (thread == 0) s.sums[n % 2].tiny[j] = (s.tiny_sum[0] + s.tiny_sum[1]) + (s.tiny_sum[2] + s.tiny_sum[3]);
 }
 
 /* Which of the chunk's tokens have such a beta: a bit a token. By whole warps. */
@@ -155,10 +166,10 @@ static __device__ __forceinline__ void sum_columns(float (&c)[16], float *to, in
 
 /* dP and dKK into their tiles, from dO Vn^T and dW Vn^T; Z's sums. qk, kk: Q K^T and K K^T as pairs of bfloat16. */
 static __device__ __forceinline__ void make_gradients(const fqla__backward_params &p, GradientsShared &s, float (&d)[32],
-                                                      float (&g)[32], const uint32_t (&qk)[16], const uint32_t (&kk)[16], int h,
+                                                      float (&g)[32], const uint32_t (&qk)[16], const uint32_t (&kk)[16], int n,
                                                       int warp, int lane) {
-    const fqla__factors &f = s.factors[h % 3];
-    HeadSums &sums = s.sums[h % 2];
+    const fqla__factors &f = s.factors[n % 3];
+    HeadSums &sums = s.sums[n % 2];
     const int row = BLOCK * warp + lane / 4, column = 2 * (lane % 4);
     const float e1 = exp2_fast(f.block[1]), e2 = exp2_fast(f.block[2]), scale = p.forward.scale;
     const float rows[2] = {f.row[row], f.row[row + 8]};
@@ -241,14 +252,14 @@ static __device__ __forceinline__ void store_gate(void *to, int64_t index, float
 
 /* dg and dbeta of a head, through the raw forms where the plan has them. By one warp. */
 static __device__ __forceinline__ void finish_gates(const fqla__backward_params &p, GradientsShared &s, const Place &place,
-                                                    const Gates &gates, int h, int lane) {
+                                                    const Gates &gates, int h, int n, int lane) {
     const fqla__forward_params &f = p.forward;
-    const fqla__factors &factors = s.factors[h % 3];
-    const HeadSums &sums = s.sums[h % 2];
+    const fqla__factors &factors = s.factors[n % 3];
+    const HeadSums &sums = s.sums[n % 2];
     const int head = group_head(f, place.head_qk, h);
     const float states = ((sums.states[0] + sums.states[1]) + (sums.states[2] + sums.states[3])) * p.unit * factors.gamma_chunk;
     float dg[TOKENS], prefix[TOKENS];
-    mbarrier_wait(&s.dots_ready[h % 2], h / 2 % 2);
+    mbarrier_wait(&s.dots_ready[n % 2], n / 2 % 2);
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
         const int token = lane + WARP * t;
@@ -327,53 +338,77 @@ static __device__ __forceinline__ void make_norms(GradientsShared &s, int valid,
     named_barrier<SCORES_BARRIER, WARPGROUP>();
 }
 
-static __device__ void run_scores(const fqla__backward_params &p, GradientsShared &s, const Place &place, int block_thread) {
-    uint32_t qk[16], kk[16];
-    if (p.forward.l2norm) make_norms(s, place.valid, block_thread);
-    {
-        float a[32], b[32];
-        wgmma_fence();
-        multiply_tiles(a, shared_units(s.q), shared_units(s.k));
-        multiply_tiles(b, shared_units(s.k), shared_units(s.k));
-        wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_settle(a);
-        wgmma_settle(b);
+/* Q K^T and K K^T as pairs of bfloat16. */
+static __device__ __forceinline__ void multiply_chunk(GradientsShared &s, uint32_t (&qk)[16], uint32_t (&kk)[16]) {
+    float a[32], b[32];
+    wgmma_fence();
+    multiply_tiles(a, shared_units(s.q), shared_units(s.k));
+    multiply_tiles(b, shared_units(s.k), shared_units(s.k));
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_settle(a);
+    wgmma_settle(b);
 #pragma unroll
-        for (int i = 0; i < 16; i++) {
-            qk[i] = pack_bf16(a[2 * i], a[2 * i + 1]);
-            kk[i] = pack_bf16(b[2 * i], b[2 * i + 1]);
-        }
+    for (int i = 0; i < 16; i++) {
+        qk[i] = pack_bf16(a[2 * i], a[2 * i + 1]);
+        kk[i] = pack_bf16(b[2 * i], b[2 * i + 1]);
     }
-    for (int h = 0; h < place.heads; h++) {
-        const int thread = renewed(block_thread) & (WARPGROUP - 1), warp = thread / WARP, lane = thread % WARP;
-        const FirstPart &first = s.first[h % 2];
-        const bool finishes = warp == h % 4; /* the head's gates */
-        float d[32], g[32];
-        Gates gates;
-        if (finishes) gates = load_gates(p.forward, place, group_head(p.forward, place.head_qk, h), lane);
-        wait_second(s, place, h);
-        wgmma_fence();
-        multiply_tiles(d, shared_units(s.second.dout), shared_units(first.vn));
-        multiply_tiles(g, shared_units(s.second.dw), shared_units(first.vn));
-        wgmma_commit();
-        const float states = sum_warp(dot_states(first, s.second, thread));
-        wgmma_wait<0>();
-        wgmma_settle(d);
-        wgmma_settle(g);
-        if (lane == 0) s.sums[h % 2].states[warp] = states;
-        for (uint64_t tiny = find_tiny(s.factors[h % 3], place.valid, lane); tiny != 0; tiny &= tiny - 1)
-            tiny_beta(p, s, place, h, __ffsll((long long)tiny) - 1, thread);
-        arrive_warp(&s.used, lane);
-        mbarrier_wait(&s.used, h % 2);
-        if (thread == 0) {
-            if (h + 1 < place.heads) load_second(p, s, place, h + 1);
-            if (h + 2 < place.heads) load_first(p, s, place, h + 2);
+}
+
+static __device__ void run_scores(const fqla__backward_params &p, GradientsShared &s, int items, int block_thread) {
+    const int heads = p.forward.heads_v / p.forward.heads_qk;
+    uint32_t qk[16], kk[16];
+    int n = 0, clears = 0;
+    for (int item = 0; item < items; item++) {
+        const Place &place = s.places[item % PLACES];
+        if (item > 0 && block_thread == 0) {
+            mbarrier_wait(&s.qk_free, (item - 1) % 2);
+            load_chunk_rows(p, s, place);
         }
         __syncwarp();
-        make_gradients(p, s, d, g, qk, kk, h, warp, lane);
-        named_barrier<SCORES_BARRIER, WARPGROUP>();
-        if (finishes) finish_gates(p, s, place, gates, h, lane);
+        wait_rows(s, place, item, clears);
+        if (p.forward.l2norm) make_norms(s, place.valid, block_thread);
+        multiply_chunk(s, qk, kk);
+        if (item > 0 && block_thread == 0) {
+            mbarrier_wait(&s.sent, (item - 1) % 2);
+            load_first(p, s, item, items, 1, n + 1);
+        }
+        __syncwarp();
+        for (int h = 0; h < heads; h++, n++) {
+            const int thread = renewed(block_thread) & (WARPGROUP - 1), warp = thread / WARP, lane = thread % WARP;
+            const FirstPart &first = s.first[n % 2];
+            const bool finishes = warp == n % 4; /* the step's gates */
+            float d[32], g[32];
+            Gates gates;
+            if (finishes) gates = load_gates(p.forward, place, group_head(p.forward, place.head_qk, h), lane);
+            if (h == 0 && warp == (n + 2) % 4 && item + 2 < items) { /* of item - 2, whose place it takes, nobody knows any more */
+                const Place later = find_place(p.forward, item + 2, lane);
+                if (lane == 0) s.places[(item + 2) % PLACES] = later;
+                __syncwarp();
+            }
+            wait_second(s, place, n, clears);
+            wgmma_fence();
+            multiply_tiles(d, shared_units(s.second.dout), shared_units(first.vn));
+            multiply_tiles(g, shared_units(s.second.dw), shared_units(first.vn));
+            wgmma_commit();
+            const float states = sum_warp(dot_states(first, s.second, thread));
+            wgmma_wait<0>();
+            wgmma_settle(d);
+            wgmma_settle(g);
+            if (lane == 0) s.sums[n % 2].states[warp] = states;
+            for (uint64_t tiny = find_tiny(s.factors[n % 3], place.valid, lane); tiny != 0; tiny &= tiny - 1)
+                tiny_beta(p, s, place, h, n, __ffsll((long long)tiny) - 1, thread);
+            arrive_warp(&s.used, lane);
+            mbarrier_wait(&s.used, n % 2);
+            if (thread == 0) {
+                load_second(p, s, item, items, h + 1);
+                if (h + 1 < heads) load_first(p, s, item, items, h + 2, n + 2); /* else once dq and dk have left its place */
+            }
+            __syncwarp();
+            make_gradients(p, s, d, g, qk, kk, n, warp, lane);
+            named_barrier<SCORES_BARRIER, WARPGROUP>();
+            if (finishes) finish_gates(p, s, place, gates, h, n, lane);
+        }
     }
 }
 

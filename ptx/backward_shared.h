@@ -7,6 +7,35 @@
 enum { QUERIES, KEYS, SCORES, ROLES, GRADIENTS_WARPS = ROLES * WARPGROUP / WARP };
 static_assert(FQLA__GRADIENTS_THREADS == ROLES * WARPGROUP, "a warpgroup a role");
 
+/* An item of a block's work: a chunk of a q/k head. A block takes those of numbers blockIdx.x, blockIdx.x + gridDim.x ... */
+typedef struct Place {
+    int64_t row;    /* its first row */
+    int64_t number; /* in the batch */
+    int32_t valid;  /* tokens; the rest of the 64 rows is another sequence's */
+    int32_t head_qk;
+} Place;
+
+enum { PLACES = 4 };
+
+static __device__ __forceinline__ int count_items(const fqla__forward_params &f) {
+    const int64_t items = f.table->chunks * f.heads_qk;
+    return (int)((items + gridDim.x - 1 - blockIdx.x) / gridDim.x);
+}
+
+/* The block's item number `item`. By a whole warp. */
+static __device__ __forceinline__ Place find_place(const fqla__forward_params &f, int item, int lane) {
+    const int64_t number = blockIdx.x + (int64_t)item * gridDim.x;
+    const fqla__device_sequence *sequences = (const fqla__device_sequence *)(f.table + 1);
+    Place place;
+    place.number = number / f.heads_qk;
+    place.head_qk = (int32_t)(number % f.heads_qk);
+    const fqla__device_sequence sequence = sequences[find_sequence(sequences, f.table->num_seqs, place.number, lane)];
+    const int64_t in_sequence = (place.number - sequence.chunk) * CHUNK;
+    place.row = sequence.row + in_sequence;
+    place.valid = (int32_t)min((int64_t)CHUNK, sequence.len - in_sequence);
+    return place;
+}
+
 /* A head's first load: what dK's first product needs. 48 KB, as it lies in fqla__chunk_states */
 typedef struct FirstPart {
     Tile ds[2][2]; /* dS1^T / unit, [half of V][half of K] */
@@ -19,7 +48,7 @@ typedef struct SecondPart {
     Tile dout[2], dw[2];
 } SecondPart;
 
-/* Of v-head number h of the group; odd and even ones apart. */
+/* Of a step: a v-head of a chunk; odd and even ones apart. */
 typedef struct HeadSums {
     float query[CHUNK];      /* scale o_i q_i . (dO S0^T)_i, by QUERIES */
     float update[CHUNK];     /* H_i = update_i k_i . (Vn dS1^T)_i, by KEYS */
@@ -33,16 +62,20 @@ typedef struct HeadSums {
 
 typedef struct __align__(1024) GradientsShared {
     Tile q[2], k[2];            /*                                      32 KB */
-    FirstPart first[2];         /* v-head number h in h % 2             96 KB */
-    SecondPart second;          /* at the end dq's and dk's way out     64 KB */
+    FirstPart first[2];         /* step n in n % 2; of a chunk's last step at its end dq's and dk's way out    96 KB */
+    SecondPart second;          /*                                      64 KB */
     Tile dp, m;                 /* dP, and dKK below its diagonal       16 KB */
-    fqla__factors factors[3];   /* v-head number h in h % 3            4.6 KB */
+    fqla__factors factors[3];   /* step n in n % 3                     4.6 KB */
     HeadSums sums[2];
     float square_q[CHUNK], square_k[CHUNK]; /* rq_i^2, r_i^2; with l2norm alone, as the next */
     float ratio[CHUNK];         /* r_i / rq_i */
     float tiny_n[CHUNK], tiny_p[CHUNK], tiny_sum[4];
+    Place places[PLACES];       /* item i in i % 4, two items ahead */
     uint64_t qk_full, first_full[2], second_full; /* copy engine -> all */
-    uint64_t used; /* all -> SCORES: the head's first and second part may be overwritten, and dp, m of the head before */
+    uint64_t cleared;           /* all -> all: the rows past a sequence's end are zeros */
+    uint64_t qk_free;           /* QUERIES, KEYS -> SCORES: q and k may be overwritten */
+    uint64_t sent;              /* QUERIES, KEYS -> SCORES: dq and dk have left first */
+    uint64_t used; /* all -> SCORES: the step's first and second part may be overwritten, and dp, m of the step before */
     uint64_t scores_ready;      /* SCORES -> QUERIES, KEYS: dp, m */
     uint64_t dots_ready[2];     /* QUERIES, KEYS -> SCORES: their sums */
 } GradientsShared;
@@ -52,30 +85,32 @@ static_assert(sizeof(GradientsShared) <= 227 * 1024, "what a block can have");
 static_assert(sizeof(FirstPart) == sizeof(((fqla__chunk_states *)0)->ds) + sizeof(((fqla__chunk_states *)0)->vn),
               "copied as it is");
 
-/* The block's chunk. */
-typedef struct Place {
-    int64_t row;    /* its first row */
-    int64_t number; /* in the batch */
-    int32_t valid;  /* tokens; the rest of the 64 rows is another sequence's */
-    int32_t head_qk, heads; /* v-heads of the q/k head */
-} Place;
+/* Rows have been made zeros, by everybody; the role's `clears`-th time. */
+static __device__ __forceinline__ void meet_cleared(GradientsShared &s, int &clears) {
+    fence_proxy_async();
+    mbarrier_arrive(&s.cleared);
+    mbarrier_wait(&s.cleared, clears++ % 2);
+    __syncwarp();
+}
 
-/* Wait for a head's loads; rows past the end are made zeros, by everybody. */
-static __device__ __forceinline__ void wait_second(GradientsShared &s, const Place &place, int h) {
-    mbarrier_wait(&s.first_full[h % 2], h / 2 % 2);
-    mbarrier_wait(&s.second_full, h % 2);
+/* Wait for an item's q and k; rows past the end are made zeros, by everybody, before anything else of such an item. */
+static __device__ __forceinline__ void wait_rows(GradientsShared &s, const Place &place, int item, int &clears) {
+    mbarrier_wait(&s.qk_full, item % 2);
     if (place.valid < CHUNK) {
-        for (int i = 0; i < 4; i++)
-            clear_tile_rows(&s.second.dout[0] + i, place.valid, (int)threadIdx.x, FQLA__GRADIENTS_THREADS); /* dout, dw */
-        fence_proxy_async();
-        named_barrier<1, FQLA__GRADIENTS_THREADS>();
+        for (int i = 0; i < 4; i++) clear_tile_rows(&s.q[0] + i, place.valid, (int)threadIdx.x, FQLA__GRADIENTS_THREADS); /* q, k */
+        meet_cleared(s, clears);
     }
 }
 
-/* By each role when it has read the head's parts. */
-static __device__ __forceinline__ void arrive_warp(uint64_t *barrier, int lane) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
+/* Wait for a step's loads, the same. */
+static __device__ __forceinline__ void wait_second(GradientsShared &s, const Place &place, int n, int &clears) {
+    mbarrier_wait(&s.first_full[n % 2], n / 2 % 2);
+    mbarrier_wait(&s.second_full, n % 2);
+    if (place.valid < CHUNK) {
+        for (int i = 0; i < 4; i++)
+            clear_tile_rows(&s.second.dout[0] + i, place.valid, (int)threadIdx.x, FQLA__GRADIENTS_THREADS); /* dout, dw */
+        meet_cleared(s, clears);
+    }
 }
 
 #endif

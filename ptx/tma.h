@@ -12,11 +12,19 @@ static __device__ __forceinline__ void tma_load(void *to, const void *map, int32
                  : "memory");
 }
 
+/* Bring the map itself near: the first copy by it else waits for it. */
+static __device__ __forceinline__ void tma_prefetch(const void *map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory"); }
+
 /* `bytes` contiguous bytes, a multiple of 16. */
 static __device__ __forceinline__ void bulk_load(void *to, const void *from, uint32_t bytes, uint64_t *barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
                  "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
+}
+
+/* `bytes` contiguous bytes, a multiple of 16, from memory to the L2 cache. */
+static __device__ __forceinline__ void bulk_prefetch(const void *from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 /* Shared memory into the box at (column, row, head). */

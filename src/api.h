@@ -120,7 +120,7 @@
     external_workspace = 1 owns none. plan_desc.backward = 1 makes room for the backward.
     How much that is: on the CPU about 1.5 MB a thread, and with backward a state a chunk of the longest sequence; on a GPU 6.5 KB a
     chunk of 64 tokens and v-head (220 MB at 32768 tokens and 64 v-heads), and up to 100 MB where sequences may be cut; with backward 80 KB more
-    a chunk and v-head, without segments: long sequences of few heads leave most of the GPU idle in the backward.
+    a chunk and v-head, and 160 KB a segment and v-head where its sequences may be cut.
 
     SCHEDULE
     ========
@@ -371,8 +371,8 @@ typedef struct fqla_plan_desc {
     float warm_up_tolerance;      /* CUDA may start a part of a sequence from zero some chunks early where what the state was before has
                                      decayed below this, relative to it; 0: 1e-7; 1e-30 to 1. See SCHEDULE */
     int32_t v_split;              /* CUDA: blocks that the D_v columns of a forward's state are spread over, 1 or 2; 0: chosen */
-    int32_t segment_chunks;       /* CUDA: chunks of 64 tokens of the segments that a forward's sequences are cut into, at least a 64th of
-                                     max_tokens; 0: chosen from the lengths; -1: sequences stay whole */
+    int32_t segment_chunks;       /* CUDA: chunks of 64 tokens of the segments that sequences are cut into, forward and backward, at least
+                                     a 64th of max_tokens; 0: chosen from the lengths, for each; -1: sequences stay whole */
     int32_t pool_size;            /* slots of the state pool; 0: no pool */
     int32_t checkpoint_every;     /* chunks of 64 tokens between checkpoints; 0: none */
     int32_t backward;             /* 1: fqla_backward will be called too. Refused with FQLA_GATE_LINEAR and with a pool */

@@ -14,20 +14,24 @@ typedef struct fqla__chunk_states {
 } fqla__chunk_states;
 
 enum {
-    FQLA__CHAINS_THREADS = 256,          /* a warpgroup that owns 64 state columns, one that prepares and loads */
-    FQLA__CHAINS_SHARED_BYTES = 227328,  /* ChainShared in ptx/backward_chains.cu */
+    FQLA__CHAINS_THREADS = 384,          /* a warpgroup that owns 64 state columns, one that makes P, one that copies */
+    FQLA__CHAINS_SHARED_BYTES = 227328,  /* ChainShared in ptx/backward_chain_shared.h */
+    FQLA__BACKWARD_SCAN_THREADS = 128,   /* a warpgroup that owns 64 state columns */
+    FQLA__BACKWARD_SCAN_SHARED_BYTES = 197632, /* ScanShared in ptx/backward_scan.cu */
     FQLA__GRADIENTS_THREADS = 384,       /* a warpgroup for dq, one for dk, one for the chunk's 64 x 64 matrices and the gates */
-    FQLA__GRADIENTS_SHARED_BYTES = 224256, /* GradientsShared in ptx/backward_shared.h */
+    FQLA__GRADIENTS_SHARED_BYTES = 225280, /* GradientsShared in ptx/backward_shared.h */
     FQLA__SUMS_THREADS = 256
 };
 
 /* The parameters of a backward's kernels, by value. In the order in which they run:
    prepare              the forward's, where it has left no residuals
+   backward_chains      grid kept segments * heads_v * 2 halves of V * 3: the first pass          } where the plan may cut
+   backward_scan        grid kept segments * heads_v * 2 * 2, of which a sequence's first work    } sequences
    backward_chains      grid segments * heads_v * 2 halves of V * 2: the reverse recurrences, then the passes over the states
-   backward_gradients   grid chunks * heads_qk
+   backward_gradients   grid multiprocessors, or chunks * heads_qk where those are fewer
    backward_sums        grid heads_v; with the raw gates alone */
 typedef struct fqla__backward_params {
-    fqla__forward_params forward; /* the forward's; o: the map of do; ht is not used */
+    fqla__forward_params forward; /* the forward's, but its table is the backward's; o: the map of do; ht is not used */
     fqla__tensor_map dq, dk, dv;
     const void *v_rows;           /* v again, for tokens with a tiny beta */
     void *dq_rows, *dk_rows, *dv_rows; /* dq, dk, dv again, for a sequence's last rows; strides as q's, k's, v's */
@@ -36,10 +40,12 @@ typedef struct fqla__backward_params {
     void *dh0;
     float *dA_log, *ddt_bias;
     fqla__chunk_states *chunks;
+    fqla__kept_state *gradients;  /* as forward.states, of dS: a segment's at its start, then at its end */
     float *gate_sums;             /* [chunk][heads_v][2]: a chunk's share of dA_log and of ddt_bias; with the raw gates alone */
     int64_t k_token, k_head, v_token, v_head;
     float unit, per_unit, power;  /* scale = unit * power, a power of two; 1 <= |unit| < 2; per_unit = 1 / unit */
-    float padding[13];            /* to the size that the kernels take: a multiple of a map's alignment */
+    int32_t first_pass;           /* kernel backward_chains: the first pass over cut sequences */
+    float padding[10];            /* to the size that the kernels take: a multiple of a map's alignment */
 } fqla__backward_params;
 
 #ifdef __CUDACC__

@@ -138,6 +138,7 @@ enum {
     FQLA__KERNEL_BACKWARD_GRADIENTS_BF16,
     FQLA__KERNEL_BACKWARD_GRADIENTS_FP16,
     FQLA__KERNEL_SCAN, /* it and what follows: of one kind */
+    FQLA__KERNEL_BACKWARD_SCAN,
     FQLA__KERNEL_BACKWARD_SUMS,
     FQLA__KERNEL_COUNT
 };
@@ -152,7 +153,7 @@ typedef struct fqla__cuda_device {
     fqla__cuda_function functions[FQLA__KERNEL_COUNT];
 } fqla__cuda_device;
 
-/* How a forward is spread over the GPU; cuda_schedule.h chooses. */
+/* How a forward is spread over the GPU; cuda_schedule.h chooses. A backward: cuda_backward_schedule.h. */
 typedef struct fqla__schedule {
     int32_t v_split;            /* 1 or 2 blocks a v-head; from the plan's maxima */
     int32_t extra_segments;     /* by cutting sequences there are so many segments more than sequences, at most; 0: none is cut. From the maxima */
@@ -160,9 +161,11 @@ typedef struct fqla__schedule {
     double microseconds, uncut; /* the model's time, and without cutting */
 } fqla__schedule;
 
-/* What a plan keeps on CUDA: the device table of cuda_params.h, host memory in which its next content is put together, the schedule. */
+/* What a plan keeps on CUDA: the device table of cuda_params.h, behind it the backward's, which has segments of its own; host memory in
+   which their next content is put together; the schedules. */
 typedef struct fqla__cuda_plan {
     fqla__cuda_address table;
+    size_t backward_table; /* bytes from the first to the second */
     fqla__device_table *staging;
-    fqla__schedule schedule;
+    fqla__schedule schedule, backward;
 } fqla__cuda_plan;

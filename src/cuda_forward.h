@@ -25,13 +25,11 @@ static int fqla__compare_segments(const void *a, const void *b) {
     return x->sequence < y->sequence ? -1 : 1;
 }
 
-/* Send the table of these sequences to the device. cu_seqlens NULL: all have padded_len tokens. The driver has read pageable memory
-   when the copy returns, so that staging may be filled again at once. */
-static fqla_status fqla__cuda_send_table(const fqla_plan *plan, const char *function, int32_t num_seqs, const int32_t *cu_seqlens,
-                                         int32_t segment_chunks, fqla_stream stream) {
+/* Put the table of these sequences together; its bytes. cu_seqlens NULL: all have padded_len tokens. */
+static size_t fqla__cuda_fill_table(const fqla_plan *plan, fqla__device_table *table, int32_t num_seqs, const int32_t *cu_seqlens,
+                                    int32_t segment_chunks) {
     const fqla_plan_desc *d = &plan->desc;
     const int64_t every = (int64_t)FLASHQLA_CHUNK * d->checkpoint_every;
-    fqla__device_table *table = plan->cuda.staging;
     fqla__device_sequence *sequences = (fqla__device_sequence *)(table + 1), *sequence;
     fqla__device_segment *segments = (fqla__device_segment *)(sequences + num_seqs);
     int64_t snapshot = 0, chunk = 0, count = 0, length, first;
@@ -65,19 +63,28 @@ static fqla_status fqla__cuda_send_table(const fqla_plan *plan, const char *func
     table->segments = count;
     qsort(segments + table->kept, (size_t)(count - table->kept), sizeof *segments, fqla__compare_segments);
     for (first = table->kept; first < count; first++) segments[first].index = 0;
-    return fqla__cuda_check(plan->context, function, "cuMemcpyHtoDAsync",
-                            plan->context->cuda.driver.cuMemcpyHtoDAsync_v2(plan->cuda.table, table, fqla__cuda_table_size(num_seqs, count), stream));
+    return fqla__cuda_table_size(num_seqs, count);
 }
 
-/* Where to cut the sequences of these lengths, and the model's time for them. */
-static fqla__schedule fqla__cuda_cut(const fqla_plan *plan, int32_t num_seqs, const int32_t *cu_seqlens) {
-    fqla__schedule schedule = plan->cuda.schedule;
+/* Choose where to cut the sequences of these lengths, and send the tables that follow from it to the device. The driver has read
+   pageable memory when the copy returns, so that staging may be filled again at once. */
+static fqla_status fqla__cuda_send_tables(const fqla_plan *plan, const char *function, int32_t num_seqs, const int32_t *cu_seqlens,
+                                          fqla__schedule *schedule, fqla__schedule *backward, fqla_stream stream) {
     fqla__lengths lengths;
+    size_t bytes;
     lengths.cu_seqlens = cu_seqlens;
     lengths.count = num_seqs;
     lengths.each = (int32_t)fqla__ceil_div(plan->desc.padded_len, FLASHQLA_CHUNK);
-    fqla__choose_cut(plan, &schedule, &lengths);
-    return schedule;
+    fqla__choose_cut(plan, schedule, &lengths);
+    bytes = fqla__cuda_fill_table(plan, plan->cuda.staging, num_seqs, cu_seqlens, schedule->segment_chunks);
+    if (plan->desc.backward) {
+        bytes = plan->cuda.backward_table;
+        fqla__choose_backward_cut(plan, backward, &lengths);
+        bytes += fqla__cuda_fill_table(plan, (fqla__device_table *)(void *)((char *)plan->cuda.staging + bytes), num_seqs, cu_seqlens,
+                                       backward->segment_chunks);
+    }
+    return fqla__cuda_check(plan->context, function, "cuMemcpyHtoDAsync",
+                            plan->context->cuda.driver.cuMemcpyHtoDAsync_v2(plan->cuda.table, plan->cuda.staging, bytes, stream));
 }
 
 /* A grid has up to 2^31 - 1 blocks, and the copy engine takes strides below 2^40 bytes. */
@@ -123,9 +130,11 @@ static fqla_status fqla__cuda_plan_create(fqla_plan *plan) {
     fqla_status status = fqla__cuda_check_limits(plan);
     if (status != FQLA_OK) return status;
     fqla__choose_schedule(plan, &plan->cuda.schedule);
-    plan->cuda.schedule = fqla__cuda_cut(plan, plan->num_seqs, plan->cu_seqlens);
+    fqla__choose_backward_schedule(plan, &plan->cuda.backward);
     plan->workspace_size = fqla__cuda_workspace(plan).bytes;
-    bytes = fqla__cuda_table_size(plan->desc.max_seqs, fqla__cuda_max_segments(plan));
+    bytes = plan->cuda.backward_table = fqla__cuda_table_size(plan->desc.max_seqs, fqla__cuda_max_segments(plan));
+    if (plan->desc.backward)
+        bytes += fqla__cuda_table_size(plan->desc.max_seqs, (int64_t)plan->desc.max_seqs + plan->cuda.backward.extra_segments);
     plan->cuda.staging = (fqla__device_table *)fqla__host_alloc(&context->desc, bytes);
     if (plan->cuda.staging == NULL)
         return fqla__fail(&context->desc, FQLA_ERROR_OUT_OF_MEMORY, "%s: no memory for the tables of %d sequences", function,
@@ -135,8 +144,8 @@ static fqla_status fqla__cuda_plan_create(fqla_plan *plan) {
     status = fqla__cuda_check_live_stream(context, function, per_thread);
     if (status == FQLA_OK)
         status = fqla__cuda_check(context, function, "cuMemAlloc", driver->cuMemAlloc_v2(&plan->cuda.table, bytes));
-    if (status == FQLA_OK) status = fqla__cuda_send_table(plan, function, plan->num_seqs, plan->cu_seqlens,
-                                                              plan->cuda.schedule.segment_chunks, per_thread);
+    if (status == FQLA_OK)
+        status = fqla__cuda_send_tables(plan, function, plan->num_seqs, plan->cu_seqlens, &plan->cuda.schedule, &plan->cuda.backward, per_thread);
     if (status == FQLA_OK)
         status = fqla__cuda_check(context, function, "cuStreamSynchronize", driver->cuStreamSynchronize(per_thread));
     fqla__cuda_leave(context);
@@ -156,12 +165,12 @@ static void fqla__cuda_plan_destroy(fqla_plan *plan) {
 
 static fqla_status fqla__cuda_plan_update(fqla_plan *plan, int32_t num_seqs, const int32_t *cu_seqlens, fqla_stream stream) {
     const char *function = "fqla_plan_update";
-    const fqla__schedule schedule = fqla__cuda_cut(plan, num_seqs, cu_seqlens);
+    fqla__schedule schedule = plan->cuda.schedule, backward = plan->cuda.backward;
     fqla_status status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     status = fqla__cuda_check_live_stream(plan->context, function, stream);
-    if (status == FQLA_OK) status = fqla__cuda_send_table(plan, function, num_seqs, cu_seqlens, schedule.segment_chunks, stream);
-    if (status == FQLA_OK) plan->cuda.schedule = schedule;
+    if (status == FQLA_OK) status = fqla__cuda_send_tables(plan, function, num_seqs, cu_seqlens, &schedule, &backward, stream);
+    if (status == FQLA_OK) plan->cuda.schedule = schedule, plan->cuda.backward = backward;
     fqla__cuda_leave(plan->context);
     return status;
 }
@@ -213,7 +222,7 @@ static int fqla__cuda_variant(const fqla_plan *plan, int kernel) {
 }
 
 static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summary) {
-    const fqla__schedule *schedule = &plan->cuda.schedule;
+    const fqla__schedule *schedule = &plan->cuda.schedule, *backward = &plan->cuda.backward;
     const char *type = plan->desc.dtype == FQLA_DTYPE_FP16 ? "fp16" : "bf16", *form = plan->context->summary.kernel_form;
     const int32_t step = schedule->segment_chunks;
     int32_t n;
@@ -226,8 +235,8 @@ static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summar
              schedule->v_split == 2 ? "_half" : "", type, form);
     snprintf(summary->decode, sizeof summary->decode, "cuda prepare, forward, %s (%s), as sequences of one token; no more than one", type, form);
     if (plan->desc.backward)
-        snprintf(summary->backward, sizeof summary->backward, "cuda (prepare), backward_chains, backward_gradients%s, %s (%s)",
-                 plan->desc.gate == FQLA_GATE_RAW ? ", backward_sums" : "", type, form);
+        snprintf(summary->backward, sizeof summary->backward, "cuda (prepare), %sbackward_chains, backward_gradients%s, %s (%s)",
+                 plan->cuda.backward.extra_segments > 0 ? "backward_chains, backward_scan, " : "", plan->desc.gate == FQLA_GATE_RAW ? ", backward_sums" : "", type, form);
     else
         snprintf(summary->backward, sizeof summary->backward, "none: plan_desc.backward is 0");
     if (step > 0)
@@ -237,6 +246,11 @@ static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summar
     else
         snprintf(summary->schedule, sizeof summary->schedule, "V over %d block%s, sequences uncut: %.0f us by the model", (int)schedule->v_split,
                  schedule->v_split == 2 ? "s" : "", schedule->microseconds);
+    if (backward->segment_chunks > 0) {
+        const size_t length = strlen(summary->schedule);
+        snprintf(summary->schedule + length, sizeof summary->schedule - length, "; backward in parts of %d chunks: %.0f us, uncut %.0f",
+                 (int)backward->segment_chunks, backward->microseconds, backward->uncut);
+    }
 }
 
 /* The tensor map of [heads, rows, 128], read in boxes of box_rows rows of 64 columns of one head. */

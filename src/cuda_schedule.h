@@ -20,7 +20,8 @@ enum {
     FQLA__WARM_UP_CHUNKS = 6,    /* assumed */
     FQLA__EXACT_HEADS = 4,       /* one head in so many, assumed */
     FQLA__LEAST_SEGMENT = 4,     /* chunks of a segment */
-    FQLA__SHORT_MICROSECONDS = 150, /* of a forward whose plan need not be ready to cut */
+    FQLA__SHORT_MICROSECONDS = 120, /* of a forward whose plan need not be ready to cut: as equal sequences, */
+    FQLA__LONG_MICROSECONDS = 960,  /* and as a single one, uncut */
     FQLA__SIMULATED_BLOCKS = 4096 /* with more the blocks are taken to be spread evenly */
 };
 
@@ -128,9 +129,9 @@ static void fqla__choose_cut(const fqla_plan *plan, fqla__schedule *schedule, co
     }
 }
 
-/* V's split and how far sequences may be cut, from the maxima: as if all sequences were equally long. Where they gain nothing from being cut
-   the kernels for it are left out only if the whole is short: a plan may be given other lengths, and one long sequence among short
-   ones does gain. */
+/* V's split and how far sequences may be cut, from the maxima: as if all sequences were equally long. Where they gain nothing from being
+   cut the kernels for it, 5 to 8 us, are left out only if the whole is short, and not long either as one sequence: a plan may be given
+   other lengths, and one long sequence among short ones does gain. */
 static void fqla__choose_schedule(fqla_plan *plan, fqla__schedule *schedule) {
     const fqla_plan_desc *d = &plan->desc;
     const int64_t blocks = 2 * (int64_t)plan->context->summary.sm_count, most_chunks = fqla__ceil_div(d->max_tokens, FLASHQLA_CHUNK);
@@ -154,7 +155,10 @@ static void fqla__choose_schedule(fqla_plan *plan, fqla__schedule *schedule) {
             one.v_split = split;
             one.extra_segments = (int32_t)extra;
             fqla__choose_cut(plan, &one, &lengths);
-            if (!may_cut && d->segment_chunks == 0 && one.microseconds > (double)FQLA__SHORT_MICROSECONDS) continue;
+            if (!may_cut && d->segment_chunks == 0 &&
+                (one.microseconds > (double)FQLA__SHORT_MICROSECONDS ||
+                 (double)most_chunks * (split == 2 ? fqla__costs.half : fqla__costs.whole) > (double)FQLA__LONG_MICROSECONDS))
+                continue;
             if (best.v_split == 0 || one.microseconds < best.microseconds) best = one;
         }
     *schedule = best;

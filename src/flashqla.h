@@ -31,6 +31,7 @@
 #ifndef FLASHQLA_NO_CUDA
 #include "cuda_device.h"
 #include "cuda_schedule.h"
+#include "cuda_backward_schedule.h"
 #include "cuda_forward.h"
 #include "cuda_backward.h"
 #else

@@ -10,7 +10,7 @@ enum { MUST = 1, MAY = 2 };          /* case_buffer.written */
 
 static const char *const names[T_COUNT] = { "q", "k", "v", "g", "beta", "A_log", "dt_bias", "h0", "do", "dht", "state_in",
                                             "state_out", "o", "ht", "snapshots", "dq", "dk", "dv", "dg", "dbeta", "dh0", "dA_log",
-                                            "ddt_bias", "bad_index_count", "workspace" };
+                                            "ddt_bias", "bad_index_count", "workspace", "residuals" };
 static const char *const gate_names[GATES_COUNT] = { "mild", "zero", "strong", "mixed", "dead", "cliff" };
 static const char *const rows_names[ROWS_COUNT] = { "dense", "fused", "head-major", "gapped" };
 
@@ -394,6 +394,15 @@ static void mark(test_case *c, case_tensor_name name, int64_t row, unsigned char
         memset(t->buffer->written + element_offset(t, row, h, 0), how, (size_t)t->dim * dtype_size(t->dtype));
 }
 
+/* Memory that a run may write anywhere. */
+static void place_scratch(test_case *c, case_tensor_name name, size_t bytes) {
+    case_buffer *buffer = &c->buffers[name];
+    if (bytes == 0) return;
+    buffer_make(c, buffer, bytes);
+    memset(buffer->written + GUARD, MAY, bytes);
+    c->t[name] = (case_tensor){ .buffer = buffer, .offset = GUARD };
+}
+
 static void mark_outputs(test_case *c) {
     const bool pool = c->desc.pool_size > 0;
     int32_t n, s, name;
@@ -414,8 +423,6 @@ static void mark_outputs(test_case *c) {
     mark(c, T_DA_LOG, 0, MUST);
     mark(c, T_DDT_BIAS, 0, MUST);
     mark(c, T_BAD_INDEX_COUNT, 0, MAY);
-    if (c->t[T_WORKSPACE].buffer != NULL)
-        memset(c->t[T_WORKSPACE].buffer->written + GUARD, MAY, c->t[T_WORKSPACE].buffer->size - 2 * GUARD);
 }
 
 /* ---- opening and closing */
@@ -461,10 +468,8 @@ static void make_tensors(test_case *c) {
     }
     place_dense(c, T_BAD_INDEX_COUNT, FQLA_DTYPE_FP32, 1, 1, 1);
     memcpy(c->buffers[T_BAD_INDEX_COUNT].before + c->t[T_BAD_INDEX_COUNT].offset, &count_before, sizeof count_before);
-    if (!c->spec.own_workspace && c->summary.workspace_size > 0) {
-        buffer_make(c, &c->buffers[T_WORKSPACE], c->summary.workspace_size);
-        c->t[T_WORKSPACE] = (case_tensor){ .buffer = &c->buffers[T_WORKSPACE], .offset = GUARD };
-    }
+    if (!c->spec.own_workspace) place_scratch(c, T_WORKSPACE, c->summary.workspace_size);
+    if (c->spec.residuals) place_scratch(c, T_RESIDUALS, c->summary.residuals_size);
 
     for (n = 0; n < d->heads_v && raw; n++) {
         case_set(c, T_A_LOG, 0, n, 0, raw_rate(c, n) + 0.2 * case_normal(&c->random));
@@ -540,7 +545,9 @@ static void *address(const test_case *c, case_tensor_name name) {
     return t->buffer == NULL ? NULL : (char *)t->buffer->memory + t->offset;
 }
 
-static size_t workspace_size(const test_case *c) { return c->t[T_WORKSPACE].buffer != NULL ? c->summary.workspace_size : 0; }
+static size_t scratch_size(const test_case *c, case_tensor_name name) {
+    return c->t[name].buffer != NULL ? c->t[name].buffer->size - 2 * GUARD : 0;
+}
 
 fqla_forward_args case_forward_args(const test_case *c) {
     return (fqla_forward_args){ .q = address(c, T_Q), .k = address(c, T_K), .v = address(c, T_V), .g = address(c, T_G),
@@ -548,8 +555,9 @@ fqla_forward_args case_forward_args(const test_case *c) {
                                 .dt_bias = (const float *)address(c, T_DT_BIAS), .h0 = address(c, T_H0), .o = address(c, T_O),
                                 .ht = address(c, T_HT), .state_in = (const int32_t *)address(c, T_STATE_IN),
                                 .state_out = (const int32_t *)address(c, T_STATE_OUT), .checkpoints = address(c, T_SNAPSHOTS),
-                                .bad_index_count = (uint32_t *)address(c, T_BAD_INDEX_COUNT), .workspace = address(c, T_WORKSPACE),
-                                .workspace_size = workspace_size(c) };
+                                .bad_index_count = (uint32_t *)address(c, T_BAD_INDEX_COUNT),
+                                .residuals = address(c, T_RESIDUALS), .residuals_size = scratch_size(c, T_RESIDUALS),
+                                .workspace = address(c, T_WORKSPACE), .workspace_size = scratch_size(c, T_WORKSPACE) };
 }
 
 fqla_backward_args case_backward_args(const test_case *c) {
@@ -559,7 +567,8 @@ fqla_backward_args case_backward_args(const test_case *c) {
                                  .dht = address(c, T_DHT), .dq = address(c, T_DQ), .dk = address(c, T_DK), .dv = address(c, T_DV),
                                  .dg = address(c, T_DG), .dbeta = address(c, T_DBETA), .dh0 = address(c, T_DH0),
                                  .dA_log = (float *)address(c, T_DA_LOG), .ddt_bias = (float *)address(c, T_DDT_BIAS),
-                                 .workspace = address(c, T_WORKSPACE), .workspace_size = workspace_size(c) };
+                                 .residuals = address(c, T_RESIDUALS), .residuals_size = scratch_size(c, T_RESIDUALS),
+                                 .workspace = address(c, T_WORKSPACE), .workspace_size = scratch_size(c, T_WORKSPACE) };
 }
 
 fqla_decode_args case_decode_args(const test_case *c) {
@@ -570,7 +579,7 @@ fqla_decode_args case_decode_args(const test_case *c) {
                                .ht = address(c, T_HT), .state_in = (const int32_t *)address(c, T_STATE_IN),
                                .state_out = (const int32_t *)address(c, T_STATE_OUT), .states = address(c, T_SNAPSHOTS),
                                .bad_index_count = (uint32_t *)address(c, T_BAD_INDEX_COUNT), .workspace = address(c, T_WORKSPACE),
-                               .workspace_size = workspace_size(c) };
+                               .workspace_size = scratch_size(c, T_WORKSPACE) };
 }
 
 void case_upload(test_case *c) {
@@ -613,6 +622,8 @@ static fqla_status run(test_case *c, bool backward) {
         exit(EXIT_FAILURE);
     }
     case_download(c);
+    if (!backward && c->t[T_RESIDUALS].buffer != NULL) /* the next upload brings them back */
+        memcpy(c->t[T_RESIDUALS].buffer->before + GUARD, c->t[T_RESIDUALS].buffer->after + GUARD, scratch_size(c, T_RESIDUALS));
     return status;
 }
 

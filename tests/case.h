@@ -37,6 +37,7 @@ typedef struct case_spec {
     bool no_h0, no_ht;
     bool in_place;      /* ht is h0, or one pool for both */
     bool own_workspace; /* the plan's, not a guarded one */
+    bool residuals;     /* the forward leaves them and the backward takes them, where the backend has any */
     bool odd_base;      /* tensors aligned to their element and no better */
     bool bad_indices;   /* some indices outside the pool: CUDA treats them as -1 and counts them */
     int32_t decode_tokens; /* > 0: fqla_decode, with states where keep_states */
@@ -47,7 +48,7 @@ typedef struct case_spec {
 typedef enum case_tensor_name {
     T_Q, T_K, T_V, T_G, T_BETA, T_A_LOG, T_DT_BIAS, T_H0, T_DO, T_DHT, T_STATE_IN, T_STATE_OUT,
     T_O, T_HT, T_SNAPSHOTS, T_DQ, T_DK, T_DV, T_DG, T_DBETA, T_DH0, T_DA_LOG, T_DDT_BIAS, T_BAD_INDEX_COUNT, T_WORKSPACE,
-    T_COUNT
+    T_RESIDUALS, T_COUNT
 } case_tensor_name;
 
 /* Memory of the context with a guard band on both sides. */
@@ -95,7 +96,7 @@ void case_close(test_case *c);
 
 /* Upload, run, wait, download. What is run: decode where spec.decode_tokens, else the forward. */
 fqla_status case_run(test_case *c);
-fqla_status case_run_backward(test_case *c);
+fqla_status case_run_backward(test_case *c); /* with spec.residuals: after case_run */
 /* The arguments as the runs above give them, for tests that spoil one. */
 fqla_forward_args case_forward_args(const test_case *c);
 fqla_backward_args case_backward_args(const test_case *c);

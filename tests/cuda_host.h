@@ -184,4 +184,36 @@ static enum greatest_test_res clean(void) {
     PASS();
 }
 
+/* ---- what more than one of them stands on */
+
+static inline fqla_stream stream_of(fqla_cuda_context owner) { return (fqla_stream)fake.fake_cuda_stream_create(owner); }
+static inline fqla_cuda_context primary_context(int device) { return (fqla_cuda_context)fake.fake_cuda_primary_context(device); }
+static inline fqla_cuda_context new_context(void) { return (fqla_cuda_context)fake.fake_cuda_context_create(0); }
+
+/* Was this refused with `expected`, in one sentence that holds `words`? */
+static inline enum greatest_test_res refused(fqla_status expected, fqla_status status, const char *words) {
+    if (status != expected || host.errors != 1 || strstr(host.error, words) == NULL)
+        printf("\n%s, %d errors, last \"%s\"; expected %s, \"%s\"\n", fqla_status_name(status), host.errors, host.error,
+               fqla_status_name(expected), words);
+    ASSERT_EQ(expected, status);
+    ASSERT_EQ(1, host.errors);
+    ASSERT(strstr(host.error, words) != NULL);
+    forget_log();
+    PASS();
+}
+
+static inline enum greatest_test_res map_holds(const fqla__tensor_map *map, const void *tensor, uint64_t heads, uint64_t rows,
+                                               uint64_t head_stride, uint64_t token_stride, uint32_t box_rows, uint32_t type) {
+    fake_cuda_tensor_map m;
+    memcpy(&m, map, sizeof m);
+    ASSERT(m.magic == FAKE_CUDA_TENSOR_MAP_MAGIC);
+    ASSERT(m.address == (uintptr_t)tensor);
+    ASSERT(m.dims[0] == 128 && m.dims[1] == rows && m.dims[2] == heads);
+    ASSERT(m.strides[0] == token_stride * 2 && m.strides[1] == head_stride * 2);
+    ASSERT(m.box[0] == 64 && m.box[1] == box_rows && m.box[2] == 1);
+    ASSERT_EQ(type, m.type);
+    ASSERT_EQ(3, m.swizzle); /* 128 bytes */
+    PASS();
+}
+
 #endif

@@ -33,7 +33,7 @@ typedef struct fake_cuda_census {
     size_t bytes;
 } fake_cuda_census;
 
-enum { FAKE_CUDA_PARAMETER_BYTES = 1024 };
+enum { FAKE_CUDA_PARAMETER_BYTES = 2048 };
 
 typedef struct fake_cuda_launch {
     char kernel[64];

@@ -10,8 +10,10 @@ SUITE_EXTERN(failures);
 SUITE_EXTERN(forward);
 SUITE_EXTERN(decode);
 SUITE_EXTERN(backward);
+SUITE_EXTERN(gradient);
 SUITE_EXTERN(numbers);
 SUITE_EXTERN(random_cases);
+SUITE_EXTERN(random_backward);
 SUITE_EXTERN(bits);
 SUITE_EXTERN(threads);
 SUITE_EXTERN(far);
@@ -81,7 +83,11 @@ int main(int argc, char **argv) {
     RUN_SUITE(failures);
     RUN_SUITE(bits);
     RUN_SUITE(far);
-    if (!test_on_cuda()) RUN_SUITE(threads);
+    RUN_SUITE(random_backward);
+    if (!test_on_cuda()) {
+        RUN_SUITE(gradient);
+        RUN_SUITE(threads);
+    }
     if (test_on_cuda() || level != NULL) run_arithmetic();
     else run_arithmetic_at_every_level();
     RUN_SUITE(closing);

@@ -192,6 +192,19 @@ TEST desc_is_copied(void) {
     PASS();
 }
 
+/* A run of both: right, and with the same bits. */
+static enum greatest_test_res run_alike(test_case *c, test_case *fresh, bool backward) {
+    int name;
+    ASSERT_EQ(FQLA_OK, backward ? case_run_backward(c) : case_run(c));
+    ASSERT_SILENT(backward ? case_compare_backward(c) : case_compare(c));
+    ASSERT_EQ(FQLA_OK, backward ? case_run_backward(fresh) : case_run(fresh));
+    for (name = 0; name < T_WORKSPACE; name++) {
+        ASSERT_EQ(fresh->buffers[name].size, c->buffers[name].size);
+        if (c->buffers[name].size > 0) ASSERT_MEM_EQ(fresh->buffers[name].after, c->buffers[name].after, c->buffers[name].size);
+    }
+    PASS();
+}
+
 /* After an update: right, and with the bits of a fresh plan of the same maxima. */
 TEST update(const case_spec *spec) {
     static const struct { int32_t num_seqs, lens[12]; } steps[] = { { 1, { 1 } }, { 4, { 0, 65, 3, 64 } }, { 2, { 0, 0 } },
@@ -208,16 +221,11 @@ TEST update(const case_spec *spec) {
         for (name = 0; name < 12; name++)
             if (spec->plan.padded_len > 0 && lens[name] > spec->plan.padded_len) lens[name] = spec->plan.padded_len;
         ASSERT_EQ(FQLA_OK, case_relength(&c, steps[i].num_seqs, lens));
-        ASSERT_EQ(FQLA_OK, case_run(&c));
-        ASSERT_SILENT(case_compare(&c));
         again.plan.num_seqs = steps[i].num_seqs;
         memcpy(again.lens, lens, sizeof lens);
         ASSERT_EQ(FQLA_OK, case_open(&fresh, test_shared(), &test_shared_host, &again));
-        ASSERT_EQ(FQLA_OK, case_run(&fresh));
-        for (name = 0; name < T_WORKSPACE; name++) {
-            ASSERT_EQ(fresh.buffers[name].size, c.buffers[name].size);
-            if (c.buffers[name].size > 0) ASSERT_MEM_EQ(fresh.buffers[name].after, c.buffers[name].after, c.buffers[name].size);
-        }
+        CHECK_CALL(run_alike(&c, &fresh, false));
+        if (spec->plan.backward) CHECK_CALL(run_alike(&c, &fresh, true));
         case_close(&fresh);
     }
     case_close(&c);
@@ -235,6 +243,11 @@ static const case_spec updates[] = {
       .decode_tokens = 1, .seed = 5 },
     { .name = "mixed_gates", .plan = { .heads_v = 4, .num_seqs = 4, .max_seqs = 4, .max_tokens = 200 }, .lens = { 50 },
       .gates = GATES_MIXED, .seed = 6 },
+    { .name = "backward", .plan = { .heads_v = 2, .num_seqs = 2, .max_seqs = 4, .max_tokens = 200, .backward = 1 },
+      .lens = { 20, 7 }, .seed = 7 },
+    { .name = "backward_residuals", .plan = { .heads_qk = 1, .heads_v = 2, .num_seqs = 2, .max_seqs = 4, .padded_len = 130,
+                                              .gate = FQLA_GATE_RAW, .backward = 1 },
+      .lens = { 20, 7 }, .residuals = true, .seed = 8 },
 };
 
 SUITE(api) {

@@ -1,4 +1,4 @@
-/* The backward against the oracle's reverse, on the CPU; CUDA refuses a plan with one. Each case runs its forward first. */
+/* The backward against the oracle's reverse. Each case runs its forward first. */
 #include "case.h"
 #include "greatest.h"
 
@@ -53,6 +53,11 @@ static const case_spec features[] = {
     { .name = "fp16", .plan = { .heads_qk = 1, .heads_v = 3, .dtype = FQLA_DTYPE_FP16 }, .lens = { 90 }, .seed = 12 },
     { .name = "bf16_raw", .plan = { .heads_v = 2, .num_seqs = 3, .dtype = FQLA_DTYPE_BF16, .gate = FQLA_GATE_RAW,
                                     .beta = FQLA_BETA_SIGMOID }, .lens = { 40, 0, 70 }, .seed = 13 },
+    { .name = "residuals", .plan = { .heads_qk = 2, .heads_v = 4, .num_seqs = 3 }, .lens = { 130, 0, 33 }, .residuals = true,
+      .seed = 42 },
+    { .name = "residuals_raw", .plan = { .heads_v = 3, .max_seqs = 4, .max_tokens = 300, .gate = FQLA_GATE_RAW,
+                                         .beta = FQLA_BETA_SIGMOID, .l2norm = 1 }, .lens = { 129 }, .residuals = true,
+      .own_workspace = true, .rows = ROWS_GAPPED, .seed = 43 },
     { .name = "own_workspace", .plan = { .heads_v = 2 }, .lens = { 80 }, .own_workspace = true, .seed = 14 },
     { .name = "scale", .plan = { .heads_v = 2, .scale = -0.75f }, .lens = { 80 }, .seed = 15 },
     { .name = "sigmoid_beta", .plan = { .heads_v = 2, .beta = FQLA_BETA_SIGMOID }, .lens = { 80 }, .seed = 16 },

@@ -1,28 +1,13 @@
 /* The CUDA backend's host side on the fake driver: opening and its refusals, memory, plans, launches, every driver call failing.
    How a plan spreads a forward over the GPU is in test_cuda_schedule.c. */
+#include "cuda_faults.h"
 #include "cuda_host.h"
-
-static fqla_stream stream_of(fqla_cuda_context owner) { return (fqla_stream)fake.fake_cuda_stream_create(owner); }
-static fqla_cuda_context primary_context(int device) { return (fqla_cuda_context)fake.fake_cuda_primary_context(device); }
-static fqla_cuda_context new_context(void) { return (fqla_cuda_context)fake.fake_cuda_context_create(0); }
 
 static fqla_context_summary summary_of(const fqla_context *context) {
     fqla_context_summary summary;
     memset(&summary, 0, sizeof summary);
     fqla_context_info(context, &summary);
     return summary;
-}
-
-/* Was this refused with `expected`, in one sentence that holds `words`? */
-static enum greatest_test_res refused(fqla_status expected, fqla_status status, const char *words) {
-    if (status != expected || host.errors != 1 || strstr(host.error, words) == NULL)
-        printf("\n%s, %d errors, last \"%s\"; expected %s, \"%s\"\n", fqla_status_name(status), host.errors, host.error,
-               fqla_status_name(expected), words);
-    ASSERT_EQ(expected, status);
-    ASSERT_EQ(1, host.errors);
-    ASSERT(strstr(host.error, words) != NULL);
-    forget_log();
-    PASS();
 }
 
 enum { HEADS_QK = 2, HEADS_V = 4, SEQS = 3, TOKENS = 200 };
@@ -822,20 +807,6 @@ SUITE(plans) {
 
 /* ---- runs */
 
-static enum greatest_test_res map_holds(const fqla__tensor_map *map, const void *tensor, uint64_t heads, uint64_t rows,
-                                        uint64_t head_stride, uint64_t token_stride, uint32_t box_rows, uint32_t type) {
-    fake_cuda_tensor_map m;
-    memcpy(&m, map, sizeof m);
-    ASSERT(m.magic == FAKE_CUDA_TENSOR_MAP_MAGIC);
-    ASSERT(m.address == (uintptr_t)tensor);
-    ASSERT(m.dims[0] == 128 && m.dims[1] == rows && m.dims[2] == heads);
-    ASSERT(m.strides[0] == token_stride * 2 && m.strides[1] == head_stride * 2);
-    ASSERT(m.box[0] == 64 && m.box[1] == box_rows && m.box[2] == 1);
-    ASSERT_EQ(type, m.type);
-    ASSERT_EQ(3, m.swizzle); /* 128 bytes */
-    PASS();
-}
-
 /* Every field of the parameters, with no choice of the plan's left at its default. The sequences are cut. */
 TEST the_launch_of_a_forward(void) {
     fqla_context *context = open_cuda();
@@ -1228,27 +1199,6 @@ static fqla_status live(const fqla_context_desc *desc, int *launched) {
     return status != FQLA_OK ? status : last;
 }
 
-/* "cuMemAlloc_v2" without its version, until the next call of this function. */
-static const char *failed_call(void) {
-    static char name[64];
-    snprintf(name, sizeof name, "%s", fake.fake_cuda_failed_call());
-    if (strstr(name, "_v2") != NULL) *strstr(name, "_v2") = '\0';
-    return name;
-}
-
-static int is_one_of(const char *name, const char *const *names) {
-    for (; *names != NULL; names++)
-        if (strcmp(name, *names) == 0) return 1;
-    return 0;
-}
-
-/* A failure of these leaves what was done as it is, with a line instead of a status. */
-static const char *const noted[] = {"cuCtxPopCurrent", "cuModuleUnload", "cuDevicePrimaryCtxRelease", NULL};
-/* And of these too when they end something. */
-static const char *const noted_at_the_end[] = {"cuCtxPushCurrent", "cuMemFree", NULL};
-/* A cubin that does not load is a cubin refused: its PTX is next. */
-static const char *const loading[] = {"cuModuleLoadData", "cuModuleGetFunction", "cuFuncSetAttribute", NULL};
-
 static enum greatest_test_res every_call_fails(int borrow, int result, const char *result_name, fqla_status expected) {
     fqla_context_desc desc = desc_of(FQLA_BACKEND_CUDA);
     static const char *const kernels[] = {"prepare_bf16", "states_bf16", "scan", "forward_half_bf16",
@@ -1266,20 +1216,7 @@ static enum greatest_test_res every_call_fails(int borrow, int result, const cha
         name = failed_call();
         hit = name[0] != '\0';
         snprintf(words, sizeof words, "%s failed: %s", name, result_name);
-        if (!hit) {
-            ASSERT_EQ(FQLA_OK, status);
-            ASSERT_EQ(0, host.errors + host.infos);
-        } else if (status == FQLA_OK) { /* a line about it, and all else went on */
-            ASSERTm(name, is_one_of(name, noted) || is_one_of(name, noted_at_the_end) || is_one_of(name, loading));
-            ASSERTm(name, strstr(host.infos_text, words) != NULL);
-            ASSERT_EQm(name, 0, host.errors);
-        } else {
-            const int refusal = strcmp(name, "cuInit") == 0 || is_one_of(name, loading);
-            ASSERTm(name, !is_one_of(name, noted));
-            ASSERTm(name, strstr(host.error, words) != NULL);
-            ASSERTm(name, status == expected || (refusal && status == FQLA_ERROR_NO_CUDA));
-            ASSERT_EQm(name, 1, host.errors);
-        }
+        CHECK_CALL(failure_is_told(name, words, expected, status));
         ASSERT_EQm(name, launched, fake.fake_cuda_launches());
         for (i = 0; i < launched; i++) ASSERT_STR_EQ(kernels[i], fake.fake_cuda_launch_at(i).kernel);
         if (launched % 4 != 0 && launched < 6) { /* a run's later launch failed; those before it write the workspace alone */

@@ -1,5 +1,5 @@
-/* How a plan spreads a forward over the GPU, on the fake driver: the choice of V's split and of where sequences are cut, and the
-   table of segments that follows from it, read as the kernels read it (ptx/segment.h). */
+/* How a plan spreads a forward and a backward over the GPU, on the fake driver: the choice of V's split and of where sequences are
+   cut, and the tables of segments that follow from it, read as the kernels read them (ptx/segment.h, ptx/backward_segment.h). */
 #include "cuda_host.h"
 
 enum { MOST_SEQS = 300, MOST_LEN = 30000 };
@@ -74,17 +74,22 @@ static layout random_layout(int32_t most_seqs) {
 
 /* ---- the table */
 
-/* Is the table on the device right for these lengths, and within what the plan has room for? Of every chunk exactly one segment. */
-static enum greatest_test_res table_fits(const fqla_plan *plan, const layout *l) {
+static const fqla__device_table *forward_table(const fqla_plan *plan) { return (const fqla__device_table *)plan->cuda.table; }
+static const fqla__device_table *backward_table(const fqla_plan *plan) {
+    return (const fqla__device_table *)(plan->cuda.table + plan->cuda.backward_table);
+}
+
+/* Is a table on the device right for these lengths and this schedule? Of every chunk exactly one segment. *longest: the segments of
+   the sequence that has most. */
+static enum greatest_test_res table_fits(const fqla_plan *plan, const layout *l, const fqla__device_table *table,
+                                         const fqla__schedule *schedule, int32_t *longest) {
     static unsigned char covered[MOST_SEQS * (MOST_LEN / 64 + 1)]; /* by chunk of the batch: segments that it is in */
-    const fqla__schedule *schedule = &plan->cuda.schedule;
-    const fqla__device_table *table = (const fqla__device_table *)plan->cuda.table;
     const fqla__device_sequence *sequences = (const fqla__device_sequence *)(table + 1);
     const fqla__device_segment *segments = (const fqla__device_segment *)(sequences + table->num_seqs);
     const int32_t step = (int32_t)table->segment_chunks;
+    const int64_t extra = schedule->extra_segments, most_seqs = plan->desc.max_seqs;
     int64_t chunk = 0, kept = 0, cut = 0, i;
     int32_t n, most = 1;
-    fqla_plan_summary summary;
     ASSERT_EQ(l->count, (int32_t)table->num_seqs);
     ASSERT_EQ(schedule->segment_chunks, step);
     for (n = 0; n < l->count; n++) {
@@ -110,9 +115,8 @@ static enum greatest_test_res table_fits(const fqla_plan *plan, const layout *l)
     ASSERT(table->chunks == chunk && table->kept == kept);
     ASSERT(table->segments == l->count - cut + kept);
     ASSERT(most <= FQLA__MOST_SEGMENTS);
-    ASSERT(table->segments - l->count <= schedule->extra_segments);
-    ASSERT(table->segments <= fqla__cuda_max_segments(plan));
-    ASSERT(kept <= fqla__cuda_max_kept(plan));
+    ASSERT(table->segments - l->count <= extra);
+    ASSERT(kept <= extra + (extra < most_seqs ? extra : most_seqs));
     ASSERT(chunk <= fqla__cuda_max_chunks(&plan->desc));
 
     memset(covered, 0, (size_t)chunk);
@@ -135,21 +139,47 @@ static enum greatest_test_res table_fits(const fqla_plan *plan, const layout *l)
         }
     }
     for (i = 0; i < chunk; i++) ASSERT_EQ(1, covered[i]);
-    ASSERT_EQ(FQLA_OK, fqla_plan_info(plan, &summary));
-    ASSERT_EQ(most, summary.segments);
-    ASSERT_EQ(schedule->v_split, summary.v_split);
+    *longest = most;
     PASS();
 }
 
-/* The same table, grid and words as those of a plan made for these lengths. */
-static enum greatest_test_res same_as_fresh(const fqla_plan *plan, const fqla_plan *fresh) {
-    const fqla__device_table *a = (const fqla__device_table *)plan->cuda.table, *b = (const fqla__device_table *)fresh->cuda.table;
-    const fqla__schedule *x = &plan->cuda.schedule, *y = &fresh->cuda.schedule;
-    fqla_plan_summary info, fresh_info;
+/* Are both, within what the plan has room for, and does it say so? */
+static enum greatest_test_res tables_fit(const fqla_plan *plan, const layout *l) {
+    const fqla__schedule *schedule = &plan->cuda.schedule, *backward = &plan->cuda.backward;
+    int32_t longest;
+    fqla_plan_summary summary;
+    CHECK_CALL(table_fits(plan, l, forward_table(plan), schedule, &longest));
+    ASSERT(forward_table(plan)->segments <= fqla__cuda_max_segments(plan));
+    ASSERT(forward_table(plan)->kept <= fqla__cuda_max_kept(plan));
+    ASSERT_EQ(FQLA_OK, fqla_plan_info(plan, &summary));
+    ASSERT_EQ(longest, summary.segments);
+    ASSERT_EQ(schedule->v_split, summary.v_split);
+    if (!plan->desc.backward) PASS();
+    ASSERT(plan->cuda.backward_table >= fqla__cuda_table_size(plan->desc.max_seqs, fqla__cuda_max_segments(plan)));
+    CHECK_CALL(table_fits(plan, l, backward_table(plan), backward, &longest));
+    ASSERT(backward_table(plan)->segments <= fqla__cuda_backward_segments(plan));
+    ASSERT(backward_table(plan)->kept <= fqla__cuda_backward_kept(plan));
+    PASS();
+}
+
+static bool same_schedule(const fqla__schedule *x, const fqla__schedule *y) {
+    return x->v_split == y->v_split && x->extra_segments == y->extra_segments && x->segment_chunks == y->segment_chunks &&
+           x->microseconds == y->microseconds && x->uncut == y->uncut;
+}
+
+static enum greatest_test_res same_table(const fqla__device_table *a, const fqla__device_table *b) {
     ASSERT_MEM_EQ(b, a, sizeof *a);
     ASSERT_MEM_EQ(b, a, fqla__cuda_table_size(a->num_seqs, a->segments));
-    ASSERT(x->v_split == y->v_split && x->extra_segments == y->extra_segments && x->segment_chunks == y->segment_chunks);
-    ASSERT(x->microseconds == y->microseconds && x->uncut == y->uncut);
+    PASS();
+}
+
+/* The same tables, grids and words as those of a plan made for these lengths. */
+static enum greatest_test_res same_as_fresh(const fqla_plan *plan, const fqla_plan *fresh) {
+    fqla_plan_summary info, fresh_info;
+    CHECK_CALL(same_table(forward_table(plan), forward_table(fresh)));
+    if (plan->desc.backward) CHECK_CALL(same_table(backward_table(plan), backward_table(fresh)));
+    ASSERT(same_schedule(&plan->cuda.schedule, &fresh->cuda.schedule));
+    ASSERT(same_schedule(&plan->cuda.backward, &fresh->cuda.backward));
     fqla_plan_info(plan, &info);
     fqla_plan_info(fresh, &fresh_info);
     ASSERT_MEM_EQ(&fresh_info, &info, sizeof info);
@@ -163,7 +193,7 @@ enum { HEAD_COUNTS = sizeof head_counts / sizeof head_counts[0] };
 TEST any_layout(void) {
     enum { PLANS = 40, UPDATES = 4 };
     fqla_context *context = open_cuda();
-    int heads, i, u, cuts = 0, uncuts = 0;
+    int heads, i, u, cuts = 0, uncuts = 0, backward_cuts = 0, backward_uncuts = 0;
     random_state = 1;
     for (heads = 0; heads < HEAD_COUNTS; heads++)
         for (i = 0; i < PLANS; i++) {
@@ -175,8 +205,9 @@ TEST any_layout(void) {
             if (i % 4 == 1) desc.max_seqs = MOST_SEQS, desc.max_tokens = l.cu_seqlens[l.count] + random_below(1 << 20);
             if (i % 4 == 2) desc.max_seqs = l.count + random_below(MOST_SEQS - l.count + 1);
             if (padded) desc.padded_len = MOST_LEN;
+            desc.backward = i / 4 % 2;
             ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
-            CHECK_CALL(table_fits(plan, &l));
+            CHECK_CALL(tables_fit(plan, &l));
             most = plan->desc.max_seqs;
             for (u = 0; u < UPDATES; u++) {
                 layout other = random_layout(most);
@@ -184,7 +215,7 @@ TEST any_layout(void) {
                 if (other.cu_seqlens[other.count] > plan->desc.max_tokens) continue;
                 ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, other.count, other.cu_seqlens, NULL));
                 ASSERT_EQ(FQLA_OK, fqla_synchronize(context, NULL));
-                CHECK_CALL(table_fits(plan, &other));
+                CHECK_CALL(tables_fit(plan, &other));
                 desc.num_seqs = other.count;
                 desc.cu_seqlens = other.cu_seqlens;
                 desc.max_seqs = plan->desc.max_seqs;
@@ -195,10 +226,71 @@ TEST any_layout(void) {
                 fqla_plan_destroy(fresh);
                 if (plan->cuda.schedule.segment_chunks > 0) cuts++;
                 else uncuts++;
+                if (plan->cuda.backward.segment_chunks > 0) backward_cuts++;
+                else backward_uncuts += desc.backward;
             }
             fqla_plan_destroy(plan);
         }
-    ASSERT(cuts > 50 && uncuts > 50); /* both were tried */
+    ASSERT(cuts > 50 && uncuts > 50 && backward_cuts > 25 && backward_uncuts > 25); /* all were tried */
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* Layouts that serving has, by name, for every number of heads: a plan exists, its choices are no worse than leaving all whole, and
+   the workspace is what flashqla.h says: 6.5 KB a chunk and v-head and up to 100 MB where sequences may be cut, 80 KB more with a
+   backward. */
+TEST ragged_layouts(void) {
+    enum { LAYOUTS = 6, MB = 1 << 20 };
+    static const char *const names[LAYOUTS] = {"300 of 1 to 30000 tokens", "powers of 2 and their neighbours",
+                                               "300 of 100 tokens", "one of 30000 among 299 of 100", "30000 and 1 in turn",
+                                               "8 of 4096"};
+    static layout layouts[LAYOUTS];
+    fqla_context *context = open_cuda();
+    int heads, which;
+    int32_t i;
+    random_state = 4;
+    memset(layouts, 0, sizeof layouts);
+    for (i = 0; i < MOST_SEQS; i++) add_length(&layouts[0], i == 0 ? 1 : i == 1 ? MOST_LEN : 1 + random_below(MOST_LEN));
+    for (i = 1; i <= 16384; i *= 2) add_length(&layouts[1], i - 1), add_length(&layouts[1], i), add_length(&layouts[1], i + 1);
+    layouts[2] = equal_lengths(MOST_SEQS, 100);
+    for (i = 0; i < MOST_SEQS; i++) add_length(&layouts[3], i == 123 ? MOST_LEN : 100);
+    for (i = 0; i < 20; i++) add_length(&layouts[4], i % 2 == 0 ? MOST_LEN : 1);
+    layouts[5] = equal_lengths(8, 4096);
+    for (which = 0; which < LAYOUTS; which++)
+        for (heads = 0; heads < HEAD_COUNTS; heads++) {
+            const layout *l = &layouts[which];
+            fqla_plan_desc desc = desc_for(head_counts[heads][0], head_counts[heads][1], l);
+            const double prepared = (double)(l->cu_seqlens[l->count] / 64 + l->count) * desc.heads_v * sizeof(fqla__prepared_chunk);
+            const fqla__schedule *schedule;
+            fqla_plan *plan = NULL;
+            fqla_plan_summary summary;
+            char words[128];
+            ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+            CHECK_CALL(tables_fit(plan, l));
+            ASSERT_EQ(FQLA_OK, fqla_plan_info(plan, &summary));
+            schedule = &plan->cuda.schedule;
+            snprintf(words, sizeof words, "%d/%d heads, %s: v_split %d, %d segments, %.0f MB", (int)desc.heads_qk,
+                     (int)desc.heads_v, names[which], (int)summary.v_split, (int)summary.segments,
+                     (double)summary.workspace_size / MB);
+            ASSERTm(words, schedule->microseconds > 0.0 && schedule->microseconds <= schedule->uncut);
+            ASSERTm(words, (double)summary.workspace_size >= prepared);
+            ASSERTm(words, (double)summary.workspace_size <= prepared + (schedule->extra_segments > 0 ? 100.0 * MB : 256.0));
+            ASSERTm(words, summary.segments == 1 || schedule->segment_chunks >= FQLA__LEAST_SEGMENT);
+            if (which == 2) ASSERT_EQm(words, 1, summary.segments); /* two chunks each: nothing to cut */
+            /* the long one would be alone most of the time. Few heads' plans for such maxima are not made ready to cut */
+            if (which == 3 && desc.heads_v > 4) ASSERTm(words, summary.segments > 1);
+            fqla_plan_destroy(plan);
+            desc.backward = 1;
+            ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+            CHECK_CALL(tables_fit(plan, l));
+            ASSERT_EQ(FQLA_OK, fqla_plan_info(plan, &summary));
+            schedule = &plan->cuda.backward;
+            ASSERTm(words, schedule->microseconds > 0.0 && schedule->microseconds <= schedule->uncut);
+            ASSERTm(words, (double)summary.workspace_size <= 13.5 * prepared + 100.0 * MB); /* 6.5 KB and 80 KB are so much */
+            ASSERTm(words, schedule->segment_chunks == 0 || schedule->segment_chunks >= FQLA__LEAST_SEGMENT);
+            if (which == 3 && desc.heads_v <= 4) ASSERTm(words, schedule->segment_chunks > 0);
+            fqla_plan_destroy(plan);
+        }
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     return clean();
 }
@@ -215,10 +307,11 @@ TEST any_number_of_multiprocessors(void) {
         context = open_cuda();
         for (tries = 0; tries < 12; tries++) {
             const layout l = random_layout(MOST_SEQS);
-            const fqla_plan_desc desc = desc_for(head_counts[tries % HEAD_COUNTS][0], head_counts[tries % HEAD_COUNTS][1], &l);
+            fqla_plan_desc desc = desc_for(head_counts[tries % HEAD_COUNTS][0], head_counts[tries % HEAD_COUNTS][1], &l);
             fqla_plan *plan = NULL;
+            desc.backward = tries / HEAD_COUNTS % 2;
             ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
-            CHECK_CALL(table_fits(plan, &l));
+            CHECK_CALL(tables_fit(plan, &l));
             fqla_plan_destroy(plan);
         }
         ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
@@ -241,7 +334,7 @@ TEST the_longest_first(void) {
     desc = desc_for(1, 1, &l);
     desc.segment_chunks = -1;
     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
-    CHECK_CALL(table_fits(plan, &l));
+    CHECK_CALL(tables_fit(plan, &l));
     table = (const fqla__device_table *)plan->cuda.table;
     segments = (const fqla__device_segment *)((const fqla__device_sequence *)(table + 1) + 6);
     for (i = 0; i < 6; i++) ASSERT_EQ(order[i], segments[i].sequence);
@@ -284,6 +377,7 @@ TEST the_most_segments(void) {
 SUITE(tables) {
     SET_SETUP(start, NULL);
     RUN_TEST(any_layout);
+    RUN_TEST(ragged_layouts);
     RUN_TEST(any_number_of_multiprocessors);
     RUN_TEST(the_longest_first);
     RUN_TEST(the_most_segments);
@@ -300,7 +394,7 @@ static enum greatest_test_res chosen(fqla_context *context, int heads, int lens,
     const fqla_plan_desc desc = desc_for(bench_heads[heads][0], bench_heads[heads][1], &l);
     fqla_plan *plan = NULL;
     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
-    CHECK_CALL(table_fits(plan, &l));
+    CHECK_CALL(tables_fit(plan, &l));
     *schedule = plan->cuda.schedule;
     fqla_plan_destroy(plan);
     PASS();
@@ -326,6 +420,33 @@ TEST the_clear_cases(void) {
         ASSERTm(words, cases[i].cut || schedule.v_split == 1);
         ASSERTm(words, !cases[i].cut || schedule.microseconds < schedule.uncut / 1.5);
     }
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
+/* The same of a backward: four blocks a segment and v-head, so that 32 heads fill the chip. */
+TEST the_clear_cases_of_a_backward(void) {
+    fqla_context *context = open_cuda();
+    int heads, lens;
+    for (heads = 0; heads < BENCH_HEADS; heads++)
+        for (lens = 0; lens < BENCH_LENS; lens++) {
+            const layout l = equal_lengths(bench_lens[lens][0], bench_lens[lens][1]);
+            fqla_plan_desc desc = desc_for(bench_heads[heads][0], bench_heads[heads][1], &l);
+            const fqla__schedule *schedule;
+            fqla_plan *plan = NULL;
+            char words[128];
+            desc.backward = 1;
+            ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+            CHECK_CALL(tables_fit(plan, &l));
+            schedule = &plan->cuda.backward;
+            snprintf(words, sizeof words, "%d heads, %d x %d: segments of %d chunks, %.0f us, uncut %.0f", (int)desc.heads_v,
+                     (int)l.count, (int)bench_lens[lens][1], (int)schedule->segment_chunks, schedule->microseconds,
+                     schedule->uncut);
+            ASSERTm(words, schedule->microseconds > 0.0 && schedule->microseconds <= schedule->uncut);
+            if (heads == 0 && lens <= 1) ASSERTm(words, schedule->segment_chunks > 0); /* 8 heads, one long sequence */
+            if (desc.heads_v >= 48 || l.count == 8) ASSERT_EQm(words, 0, schedule->segment_chunks);
+            fqla_plan_destroy(plan);
+        }
     ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
     return clean();
 }
@@ -390,12 +511,12 @@ TEST what_an_update_changes(void) {
     size_t bytes = 0, after = 0;
     desc.max_seqs = 256;
     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
-    CHECK_CALL(table_fits(plan, &one));
+    CHECK_CALL(tables_fit(plan, &one));
     before = plan->cuda.schedule;
     fqla_workspace_size(plan, &bytes);
     ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, many.count, many.cu_seqlens, NULL));
     ASSERT_EQ(FQLA_OK, fqla_synchronize(context, NULL));
-    CHECK_CALL(table_fits(plan, &many));
+    CHECK_CALL(tables_fit(plan, &many));
     ASSERT_EQ(0, plan->cuda.schedule.segment_chunks);
     ASSERT_EQ(before.v_split, plan->cuda.schedule.v_split);
     ASSERT_EQ(before.extra_segments, plan->cuda.schedule.extra_segments);
@@ -428,18 +549,21 @@ TEST forced_choices(void) {
                     desc.max_seqs = MOST_SEQS;
                     desc.v_split = v_split;
                     desc.segment_chunks = steps[i];
+                    desc.backward = tries % 2;
                     ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
-                    CHECK_CALL(table_fits(plan, &l));
+                    CHECK_CALL(tables_fit(plan, &l));
                     if (v_split > 0) ASSERT_EQ(v_split, plan->cuda.schedule.v_split);
                     step = plan->cuda.schedule.segment_chunks; /* where nothing can be so long, none is cut */
                     ASSERT_EQ(steps[i] > 0 && chunks >= steps[i] ? steps[i] : 0, step);
+                    if (desc.backward) ASSERT_EQ(step, plan->cuda.backward.segment_chunks);
                     ASSERT(plan->cuda.schedule.microseconds > 0);
                     while (other.count > 1 && other.cu_seqlens[other.count] > plan->desc.max_tokens) other.count--;
                     if (other.cu_seqlens[other.count] <= plan->desc.max_tokens) {
                         ASSERT_EQ(FQLA_OK, fqla_plan_update(plan, other.count, other.cu_seqlens, NULL));
                         ASSERT_EQ(FQLA_OK, fqla_synchronize(context, NULL));
-                        CHECK_CALL(table_fits(plan, &other));
+                        CHECK_CALL(tables_fit(plan, &other));
                         ASSERT_EQ(step, plan->cuda.schedule.segment_chunks);
+                        if (desc.backward) ASSERT_EQ(step, plan->cuda.backward.segment_chunks);
                     }
                     fqla_plan_destroy(plan);
                 }
@@ -450,6 +574,7 @@ TEST forced_choices(void) {
 SUITE(choices) {
     SET_SETUP(start, NULL);
     RUN_TEST(the_clear_cases);
+    RUN_TEST(the_clear_cases_of_a_backward);
     RUN_TEST(every_row_of_the_benchmark);
     RUN_TEST(the_search_is_fine_enough);
     RUN_TEST(what_an_update_changes);

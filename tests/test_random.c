@@ -50,8 +50,9 @@ static case_spec random_spec(uint64_t case_seed) {
     if (below(&random, 4) == 0) {
         s.decode_tokens = test_on_cuda() ? 1 : 1 + below(&random, FLASHQLA_MAX_DECODE_TOKENS);
         s.keep_states = !test_on_cuda() && below(&random, 2);
-    } else if (!test_on_cuda() && d->pool_size == 0 && d->gate != FQLA_GATE_LINEAR) {
+    } else if (d->pool_size == 0 && d->gate != FQLA_GATE_LINEAR) {
         d->backward = below(&random, 2);
+        s.residuals = below(&random, 2) != 0;
     }
     return s;
 }

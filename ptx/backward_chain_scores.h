@@ -1,0 +1,106 @@
+/* The scores' warpgroup of backward_chains: P and T of a chunk, ahead of the state, for the gradients; and zeros in the rows past a
+   sequence's end. Warp w makes rows 16w .. 16w + 15.
+
+       P_ij = scale / unit exp(G_i - G_j) rq_i r_j (Q K^T)_ij       i >= j, decays as in forward_scores.h */
+#ifndef FLASHQLA_BACKWARD_CHAIN_SCORES_H
+#define FLASHQLA_BACKWARD_CHAIN_SCORES_H
+
+#include "backward_chain_shared.h"
+#include "gates.h"
+
+static __device__ __forceinline__ void make_scores(const fqla__factors &d, uint32_t q, uint32_t k, Tile *to, float scale, int warp,
+                                                   int lane) {
+    const int row = BLOCK * warp + lane / 4, column = 2 * (lane % 4);
+    float qk[32];
+    wgmma_fence();
+    multiply_tiles(qk, q, k);
+    wgmma_commit();
+
+    const float e1 = exp2_fast(d.block[1]), e2 = exp2_fast(d.block[2]);
+    const float rows[2] = {d.row[row], d.row[row + 8]};
+    float inside[8], head[2] = {exp2_fast(rows[0]) * scale, exp2_fast(rows[1]) * scale};
+#pragma unroll
+    for (int e = 0; e < 8; e++)
+        inside[e] = exp2_fast(rows[e / 2 % 2] - d.column[BLOCK * warp + column + e / 4 * 8 + e % 2]) * scale;
+    wgmma_wait<0>();
+    wgmma_settle(qk);
+#pragma unroll
+    for (int block = BLOCKS - 1; block >= 0; block--) {
+        float *value = &qk[8 * block];
+        if (block > warp) continue;
+        if (block == warp) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const int j = column + e / 4 * 8 + e % 2, i = lane / 4 + e / 2 % 2 * 8;
+                value[e] = j <= i ? value[e] * inside[e] : 0.0f;
+            }
+        } else {
+            const float whole = d.block[block];
+#pragma unroll
+            for (int e = 0; e < 8; e++)
+                value[e] *= head[e / 2 % 2] * exp2_fast(whole - d.column[BLOCK * block + column + e / 4 * 8 + e % 2]);
+            /* this block lies between the rows and the blocks left of it */
+            head[0] *= block == 2 ? e2 : e1;
+            head[1] *= block == 2 ? e2 : e1;
+        }
+        store_tile_block(to, warp, block, lane, value);
+    }
+}
+
+/* T below its diagonal from the triangle of blocks to a tile. */
+static __device__ __forceinline__ void spread_triangle(const uint8_t *t, Tile *to, int thread) {
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        const int unit = thread + i * WARPGROUP, block = unit / 32; /* a row of 16 bytes of an 8 x 8 tile */
+        if (block >= 10) break;
+        const int column = block < 4 ? 0 : block < 7 ? 1 : block < 9 ? 2 : 3, row = block - column * (9 - column) / 2 + column;
+        const int r = BLOCK * row + unit / 16 % 2 * 8 + unit % 8, u = 2 * column + unit / 8 % 2;
+        *(uint4 *)(to->bytes + r * 128 + ((u ^ (r % 8)) * 16)) = *(const uint4 *)(t + unit * 16);
+    }
+}
+
+enum { SCORES_BARRIER = 1 }; /* of the 128 threads */
+
+/* The chunk that is not whole is there for the others when its rows past the sequence's end are zeros. */
+static __device__ __forceinline__ void clear_part(ChainShared &s, int slot, int valid, int thread) {
+    mbarrier_wait(&s.part_full, 0);
+    if (s.chain.way == GRADIENTS)
+        for (int i = 0; i < 5; i++) clear_tile_rows(s.gradients[slot].k + i, valid, thread, WARPGROUP); /* k, dout, q */
+    else
+        for (int i = 0; i < 3; i++) clear_tile_rows(s.states[slot].k + i, valid, thread, WARPGROUP); /* k, v */
+    fence_proxy_async();
+    named_barrier<SCORES_BARRIER, WARPGROUP>();
+    if (thread == 0) mbarrier_arrive(&s.full[slot]);
+    __syncwarp();
+}
+
+/* P of number i lies where that of i - 2 was, which the state has used before the copy engine may bring chunk i, with chunk i - 3; but
+   the first three chunks come at once, and there P waits. T of i - 2 the state uses up to the end of that chunk. */
+static __device__ void run_scores(const fqla__backward_params &p, ChainShared &s, int block_thread) {
+    const int numbers = uniform(s.chain.numbers), part = uniform(s.chain.part), valid = s.chain.segment.len % CHUNK;
+    const bool gradients = s.chain.way == GRADIENTS;
+    const uint32_t first_slot = shared_units(s.gradients);
+    Ring ring = {0, 0}, before = {SLOTS - 2, 1}, out = {0, 0}; /* before: of the chunk two before */
+    for (int number = gradients ? 0 : numbers; number < numbers; number++) {
+        const int thread = renewed(block_thread) & (WARPGROUP - 1), warp = thread / WARP, lane = thread % WARP;
+        const GradientsSlot &in = s.gradients[ring.slot];
+        const uint32_t units = first_slot + ring.slot * (sizeof(GradientsSlot) / 16);
+        if (number == part) clear_part(s, ring.slot, valid, thread);
+        mbarrier_wait(&s.full[ring.slot], ring.phase);
+        if (number == RINGS) mbarrier_wait(&s.free[before.slot], before.phase);
+        __syncwarp();
+        make_scores(in.prepared.factors, units + offsetof(GradientsSlot, q) / 16, units, &s.p[out.slot], p.power, warp, lane);
+        fence_proxy_async(); /* it goes to wgmma, and T too */
+        arrive_warp(&s.p_full[out.slot], lane);
+        if (number >= RINGS) mbarrier_wait(&s.free[before.slot], before.phase);
+        spread_triangle(in.prepared.t, &s.t[out.slot], thread);
+        fence_proxy_async();
+        arrive_warp(&s.t_full[out.slot], lane);
+        ring_next<SLOTS>(ring);
+        ring_next<SLOTS>(before);
+        ring_next<RINGS>(out);
+    }
+    if (!gradients && part >= 0) clear_part(s, part % SLOTS, valid, block_thread);
+}
+
+#endif

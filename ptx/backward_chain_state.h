@@ -1,0 +1,296 @@
+/* The state's warpgroup of backward_chains: S^T or dS^T, 64 x 128, float32 in registers, its 16-bit copy the left operand, as in
+   state.h. What a step needs from others it waits for while its products run. */
+#ifndef FLASHQLA_BACKWARD_CHAIN_STATE_H
+#define FLASHQLA_BACKWARD_CHAIN_STATE_H
+
+#include "backward_chain_shared.h"
+#include "state.h"
+
+/* The state's 16-bit copy, whose registers are a left operand, as two tiles with rows v. */
+static __device__ __forceinline__ void stage_state(const uint32_t (&state)[32], Tile *tiles, int warp, int lane) {
+#pragma unroll
+    for (int step = 0; step < DIM / 16; step++) {
+        const uint32_t *a = &state[4 * step]; /* (upper, left), (lower, left), (upper, right), (lower, right) */
+        store_tiles(tile_block_address(&tiles[step / 4], warp, step % 4, lane), a[0], a[2], a[1], a[3]);
+    }
+}
+
+/* X^T, 64 columns by 64 tokens in registers, into a tile of tokens' rows, of which a warp writes 16 columns. */
+static __device__ __forceinline__ void stage_rows(const uint32_t (&x)[16], const Tile *tile, const Lane &place) {
+#pragma unroll
+    for (int pair = 0; pair < CHUNK / 16;
+         pair++) /* a left operand's registers are 8 x 8 tiles in the order of their transposing loads */
+        store_tiles_transposed(shared_address(tile->bytes) + place.columns + pair * 2048, x[4 * pair], x[4 * pair + 1],
+                               x[4 * pair + 2], x[4 * pair + 3]);
+}
+
+/* Its transpose as kernel backward_scan's products read it: the rows of this half. At most 1 where the recurrence is stable. */
+static __device__ __forceinline__ void store_transition(const float (&state)[64], fqla__kept_transition *to, int half, int warp,
+                                                        int lane) {
+#pragma unroll
+    for (int j = 0; j < DIM / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int row = 16 * warp + lane / 4 + 8 * e;
+            *(uint32_t *)&to->tiles[2 * half + j / 8][row * 128 + ((j % 8 ^ row % 8) * 16) + lane % 4 * 4] =
+                pack_fp16(state[4 * j + 2 * e], state[4 * j + 2 * e + 1]);
+        }
+}
+
+/* What the chain starts from. given: h0 or dht. */
+static __device__ __forceinline__ void start_state(const fqla__backward_params &p, const Chain &c, float (&state)[64],
+                                                   const void *given, const fqla__kept_state *kept, int thread) {
+    if (c.from == FROM_KEPT) {
+        load_kept(state, &kept[c.segment.kept * p.forward.heads_v + c.segment.head], c.half, thread);
+    } else if (c.from == FROM_GIVEN && given) {
+        load_state(state, given, c.entry, state_place(p.forward, c.half * STATE_COLUMNS, thread));
+    } else {
+        const int row = c.half * STATE_COLUMNS + thread / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;
+        const float diagonal = c.from == FROM_IDENTITY ? 1.0f : 0.0f;
+#pragma unroll
+        for (int i = 0; i < 64; i++) state[i] = row + i / 2 % 2 * 8 == i / 4 * 8 + column + i % 2 ? diagonal : 0.0f;
+    }
+}
+
+/* Forwards; the transition, which has no v, too. */
+static __device__ void run_states(const fqla__backward_params &p, ChainShared &s, int thread) {
+    const Chain &c = s.chain;
+    const int numbers = uniform(c.numbers), silent = uniform(c.silent), lane = thread % WARP, warp = thread / WARP;
+    const uint32_t first_slot = shared_units(s.states);
+    const Lane place = find_lane(thread);
+    Ring ring = {0, 0}, ring_out = {0, 0};
+    float state[64], ks[32];
+    uint32_t state16[32], w16[16], update16[16];
+
+    start_state(p, c, state, p.forward.h0, p.forward.states, thread);
+    wait_chunk(s, ring, 0, numbers);
+    for (int number = 0; number < numbers; number++) {
+        const uint32_t units = first_slot + ring.slot * (sizeof(StatesSlot) / 16);
+        const StatesSlot &in = s.states[ring.slot];
+        OutSlot &out = s.out[ring_out.slot];
+        const Ring now = ring;
+        ring_next<SLOTS>(ring);
+
+        pack_operand(state16, state);
+        wgmma_fence();
+        multiply_rows(ks, state16, units);
+        wgmma_commit();
+        scale_state(state, in.factors.gamma_chunk);
+        if (number >= silent) {
+            if (number >= silent + RINGS) mbarrier_wait(&s.out_free[ring_out.slot], ring_out.phase ^ 1);
+            stage_state(state16, out.state, warp, lane);
+        }
+        wgmma_wait<0>();
+        wgmma_settle(ks);
+        subtract_from_v(ks, &in.v, in.factors.w, place);
+        pack_operand(w16, ks);
+        scale_columns<1>(ks, in.factors.beta, place);
+        wgmma_fence();
+        multiply_square(ks, w16, units + offsetof(StatesSlot, t) / 16);
+        wgmma_commit();
+        wait_chunk(s, ring, number + 1, numbers);
+        wgmma_wait<0>();
+        wgmma_settle(ks);
+        pack_columns(w16, update16, ks, in.factors.update, place); /* w16 is Vn from here on */
+        wgmma_fence();
+        multiply_update(state, update16, units);
+        wgmma_commit();
+        if (number >= silent) {
+            stage_rows(w16, &out.rows, place);
+            fence_proxy_async(); /* S0 and Vn go to the copy engine */
+            arrive_warp(&s.out_full[ring_out.slot], lane);
+            ring_next<RINGS>(ring_out);
+        }
+        wgmma_wait<0>();
+        wgmma_settle(state);
+        arrive_warp(&s.free[now.slot], lane);
+    }
+    if (c.keeps) {
+        const int64_t kept = c.segment.kept * p.forward.heads_v + c.segment.head;
+        if (c.way == TRANSITION) store_transition(state, &p.forward.transitions[kept], c.half, warp, lane);
+        else store_kept(state, &p.forward.states[kept], c.half, thread);
+    }
+}
+
+/* ---- backwards -------------------------------------------------------------------------------------------------------------- */
+
+/* dO^T, 64 columns by 64 tokens, as left operands: as it is. */
+static __device__ __forceinline__ void load_columns(uint32_t (&a)[16], const Tile *tile, const Lane &place) {
+#pragma unroll
+    for (int pair = 0; pair < CHUNK / 16; pair++)
+        load_tiles_transposed(*(uint32_t (*)[4])&a[4 * pair], shared_address(tile->bytes) + place.columns + pair * 2048);
+}
+
+/* Its columns (tokens) multiplied by their factors times `times`; rest: what the rounding took away. */
+template <bool rest>
+static __device__ __forceinline__ void scale_operand(uint32_t (&to)[16], const uint32_t (&a)[16], const float *factors, float times,
+                                                     const Lane &place) {
+#pragma unroll
+    for (int tile = 0; tile < CHUNK / 8; tile++) {
+        const float2 factor = factors_of(factors, place, tile);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const uint32_t pair = a[2 * tile + half];
+            const float low = low_element(pair) * (factor.x * times), high = high_element(pair) * (factor.y * times);
+            uint32_t packed = pack_elements(low, high);
+            if (rest) packed = pack_elements(low - low_element(packed), high - high_element(packed));
+            to[2 * tile + half] = packed;
+        }
+    }
+}
+
+/* d += left operand [64 x 64] by a tile, k over its rows. */
+static __device__ __forceinline__ void multiply_tile(float (&d)[32], const uint32_t (&a)[16], uint32_t tile) {
+#pragma unroll
+    for (int step = 0; step < CHUNK / 16; step++) wgmma_64x64_transposed(d, &a[4 * step], tile_descriptor(tile + step * 128, 0));
+}
+
+static __device__ __forceinline__ void multiply_tile_first(float (&d)[32], const uint32_t (&a)[16], uint32_t tile) {
+    wgmma_64x64_transposed_first(d, &a[0], tile_descriptor(tile, 0));
+#pragma unroll
+    for (int step = 1; step < CHUNK / 16; step++) wgmma_64x64_transposed(d, &a[4 * step], tile_descriptor(tile + step * 128, 0));
+}
+
+/* dVn = update KdS + P^T dO as a left operand, and beta dVn in place of KdS. */
+static __device__ __forceinline__ void make_dvn(uint32_t (&dvn16)[16], float (&ks)[32], const float (&po)[32],
+                                                const fqla__factors &factors, const Lane &place) {
+#pragma unroll
+    for (int tile = 0; tile < CHUNK / 8; tile++) {
+        const float2 u = factors_of(factors.update, place, tile), beta = factors_of(factors.beta, place, tile);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float *d = &ks[4 * tile + 2 * half];
+            const float low = fmaf(u.x, d[0], po[4 * tile + 2 * half]), high = fmaf(u.y, d[1], po[4 * tile + 2 * half + 1]);
+            dvn16[2 * tile + half] = pack_elements(low, high);
+            d[0] = beta.x * low;
+            d[1] = beta.y * high;
+        }
+    }
+}
+
+/* Of dW: -w dW into the state, and dV = unit dW. */
+static __device__ __forceinline__ void split_dw(uint32_t (&wdw16)[16], uint32_t (&dv16)[16], const float (&dw)[32], const float *w,
+                                                float unit, const Lane &place) {
+#pragma unroll
+    for (int tile = 0; tile < CHUNK / 8; tile++) {
+        const float2 factor = factors_of(w, place, tile);
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float low = dw[4 * tile + 2 * half], high = dw[4 * tile + 2 * half + 1];
+            wdw16[2 * tile + half] = pack_elements(-factor.x * low, -factor.y * high);
+            dv16[2 * tile + half] = pack_elements(unit * low, unit * high);
+        }
+    }
+}
+
+/* The rows of dV of a chunk that is not whole, by ordinary stores: a box would run into the next sequence's. A warp's own 16
+   columns. */
+static __device__ __forceinline__ void send_rows(const fqla__backward_params &p, const Tile *tile, const Chain &c, int warp,
+                                                 int lane) {
+    const int chunk = c.segment.len / CHUNK, rows = c.segment.len % CHUNK;
+    uint16_t *to = (uint16_t *)p.dv_rows + (c.segment.row + (int64_t)chunk * CHUNK) * p.v_token + c.segment.head * p.v_head +
+                   c.half * STATE_COLUMNS + 16 * warp + lane % 2 * 8;
+    for (int row = lane / 2; row < rows; row += WARP / 2)
+        *(uint4 *)(to + row * p.v_token) = *(const uint4 *)(tile->bytes + row * 128 + (((2 * warp + lane % 2) ^ (row % 8)) * 16));
+}
+
+/* Wait for chunk number i's dO and P. Past the last P^T dO is issued all the same, of whatever lies there, and not used, since a
+   wgmma on one of two paths would make the compiler wait for every one. */
+static __device__ __forceinline__ void wait_scores(ChainShared &s, const Ring &ring, const Ring &ring_p, int number, int numbers) {
+    wait_chunk(s, ring, number, numbers);
+    if (number < numbers) mbarrier_wait(&s.p_full[ring_p.slot], ring_p.phase);
+}
+
+static __device__ void run_gradients(const fqla__backward_params &p, ChainShared &s, int thread) {
+    const Chain &c = s.chain;
+    const int numbers = uniform(c.numbers), silent = uniform(c.silent), part = uniform(c.part);
+    const int lane = thread % WARP, warp = thread / WARP;
+    const uint32_t first_slot = shared_units(s.gradients), first_p = shared_units(s.p), first_t = shared_units(s.t);
+    const Lane place = find_lane(thread);
+    Ring ring = {0, 0}, ring_p = {0, 0}, ring_out = {0, 0};
+    float state[64], ks[32], po[32];
+    uint32_t state16[32], do16[16], left16[16];
+
+    start_state(p, c, state, p.dht, p.gradients, thread);
+    if (c.from == FROM_GIVEN) scale_state(state, p.per_unit);
+    wait_scores(s, ring, ring_p, 0, numbers);
+    load_columns(do16, &s.gradients[0].dout, place);
+    wgmma_fence();
+    multiply_tile_first(po, do16, first_p);
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_settle(po);
+    for (int number = 0; number < numbers; number++) {
+        const uint32_t units = first_slot + ring.slot * (sizeof(GradientsSlot) / 16);
+        const GradientsSlot &in = s.gradients[ring.slot];
+        const fqla__factors &factors = in.prepared.factors;
+        OutSlot &out = s.out[ring_out.slot];
+        const Ring now = ring, now_p = ring_p;
+        uint32_t dv16[16];
+        ring_next<SLOTS>(ring);
+        ring_next<RINGS>(ring_p);
+
+        pack_operand(state16, state);
+        wgmma_fence();
+        multiply_rows(ks, state16, units);
+        wgmma_commit();
+        scale_state(state, factors.gamma_chunk);
+        scale_operand<false>(left16, do16, factors.o, p.power, place);
+        wgmma_fence();
+        multiply_update(state, left16, units + offsetof(GradientsSlot, q) / 16);
+        wgmma_commit();
+        if (number >= silent) {
+            if (number >= silent + RINGS) mbarrier_wait(&s.out_free[ring_out.slot], ring_out.phase ^ 1);
+            stage_state(state16, out.state, warp, lane);
+        }
+        mbarrier_wait(&s.t_full[now_p.slot], now_p.phase);
+        wgmma_wait<1>();
+        wgmma_settle(ks);
+        uint32_t dvn16[16];
+        make_dvn(dvn16, ks, po, factors, place);
+        wgmma_fence();
+        multiply_tile(ks, dvn16, first_t + now_p.slot * TILE_UNITS);
+        wgmma_commit();
+        wait_scores(s, ring, ring_p, number + 1, numbers);
+        load_columns(do16, &s.gradients[ring.slot].dout, place);
+        wgmma_fence();
+        multiply_tile_first(po, do16, first_p + ring_p.slot * TILE_UNITS);
+        wgmma_commit();
+        wgmma_wait<1>();
+        wgmma_settle(ks);
+        split_dw(left16, dv16, ks, factors.w, p.unit, place);
+        wgmma_fence();
+        multiply_update(state, left16, units);
+        wgmma_commit();
+        if (number >= silent) {
+            stage_rows(dv16, &out.rows, place);
+            fence_proxy_async(); /* dS1 and dV go to the copy engine */
+            __syncwarp();
+            if (__builtin_expect(number == part, 0)) send_rows(p, &out.rows, c, warp, lane);
+            arrive_warp(&s.out_full[ring_out.slot], lane);
+            ring_next<RINGS>(ring_out);
+        }
+        wgmma_wait<0>();
+        wgmma_settle(state);
+        wgmma_settle(po);
+        arrive_warp(&s.free[now.slot], lane);
+    }
+    if (c.keeps) {
+        store_kept(state, &p.gradients[c.segment.kept * p.forward.heads_v + c.segment.head], c.half, thread);
+    } else if (c.segment.index == 0 && p.dh0) {
+        if (numbers > 0) { /* its slot is not refilled */
+            const GradientsSlot &in = s.gradients[ring.slot == 0 ? SLOTS - 1 : ring.slot - 1];
+            load_columns(do16, &in.dout, place);
+            scale_operand<true>(left16, do16, in.prepared.factors.o, p.power, place);
+            wgmma_fence();
+            multiply_update(state, left16, shared_units(in.q));
+            wgmma_commit();
+            wgmma_wait<0>();
+            wgmma_settle(state);
+        }
+        scale_state(state, p.unit);
+        store_state(state, p.dh0, c.entry, state_place(p.forward, c.half * STATE_COLUMNS, thread));
+    }
+}
+
+#endif

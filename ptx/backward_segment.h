@@ -1,0 +1,108 @@
+/* What a block of kernel backward_chains walks: a part of a sequence, for one v-head and half of V, in one of three ways.
+
+   The forward's states go from a sequence's first segment to its last, the gradients of the states from the last to the first. Both
+   are cut at the same borders, and each asks for itself whether what lies beyond a border has been forgotten (segment.h): the
+   states look at the chunks before it, their gradients at those after it, whose transitions' transposes have the same norms. Where
+   it has been, the block starts from zero some chunks early. Elsewhere it starts from the exact state or gradient, which a first
+   pass and kernel backward_scan have made:
+
+       first pass      S_loc, the segment's last state from zero (from h0 in the first segment; a warm one needs no more)
+                       dS_loc, likewise backwards, from dht
+                       M, the transition, where one of the two will be carried over the segment: S = M S_in + S_loc, and
+                       dS_in = M^T dS + dS_loc */
+#ifndef FLASHQLA_BACKWARD_SEGMENT_H
+#define FLASHQLA_BACKWARD_SEGMENT_H
+
+#include "../src/cuda_backward_params.h"
+#include "segment.h"
+
+enum { STATE_COLUMNS = 64, HALVES = DIM / STATE_COLUMNS };
+enum { STATES, GRADIENTS, TRANSITION, WAYS };                /* which way a block goes */
+enum { FROM_ZERO, FROM_GIVEN, FROM_KEPT, FROM_IDENTITY };    /* what it starts from */
+
+typedef struct Chain {
+    Segment segment;
+    int64_t entry;    /* of h0, dht, dh0, counted in heads' states */
+    int32_t way, half;
+    int32_t from;
+    int32_t start;    /* the chunk where it starts; it goes on to the next or to the one before */
+    int32_t numbers;  /* chunks that it walks */
+    int32_t silent;   /* the first so many leave nothing: a warm-up, or all of the first pass */
+    int32_t part;     /* the number of the chunk that is not whole, else -1 */
+    int32_t keeps;    /* first pass: where it ends goes to the workspace */
+} Chain;
+
+static __device__ __forceinline__ int chunk_of(const Chain &c, int number) {
+    return c.way == GRADIENTS ? c.start - number : c.start + number;
+}
+
+/* As warm_up_chunks, of the chunks from `boundary` on. By a whole warp. */
+static __device__ __forceinline__ int warm_down_chunks(const fqla__forward_params &p, const Segment &segment, int boundary,
+                                                       int lane) {
+    const int chunks = (segment.len + CHUNK - 1) / CHUNK, most = min(chunks - boundary, (int)p.table->segment_chunks);
+    float sum = 0.0f; /* NaN warms nothing up */
+    for (int before = 0; before < most; before += WARP) {
+        const int chunk = boundary + before + lane;
+        const bool inside = before + lane < most;
+        float norm = inside ? p.prepared[(segment.chunk + chunk) * p.heads_v + segment.head].factors.norm : 0.0f;
+#pragma unroll
+        for (int step = 1; step < WARP; step *= 2) {
+            const float nearer = __shfl_up_sync(0xffffffffu, norm, step);
+            if (lane >= step) norm += nearer;
+        }
+        const uint32_t enough = __ballot_sync(0xffffffffu, inside && sum + norm < p.warm_up_log2);
+        if (enough) return before + __ffs((int)enough);
+        sum += __shfl_sync(0xffffffffu, norm, WARP - 1);
+    }
+    return 0;
+}
+
+/* What block `block` does; false: nothing. By a whole warp. */
+static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p, uint32_t block, uint32_t blocks, int lane,
+                                                  Chain *c) {
+    const fqla__forward_params &f = p.forward;
+    const bool first_pass = p.first_pass != 0;
+    const uint32_t of_a_way = blocks / (first_pass ? WAYS : 2), rest = block % of_a_way, parts = (uint32_t)f.heads_v * HALVES;
+    const int64_t number = rest / parts;
+    Segment &segment = c->segment;
+    c->way = block / of_a_way == 0 ? GRADIENTS : block / of_a_way == 1 ? STATES : TRANSITION; /* those that take longest first */
+    c->half = (int32_t)(rest % HALVES);
+    if (number >= (first_pass ? f.table->kept : f.table->segments)) return false;
+    find_segment(f, number, (int)(rest % parts / HALVES), false, &segment);
+    const fqla__device_sequence *sequences = (const fqla__device_sequence *)(f.table + 1);
+    const fqla__device_segment *segments = (const fqla__device_segment *)(sequences + f.table->num_seqs);
+    c->entry = segments[number].sequence * (int64_t)f.heads_v + segment.head;
+    c->keeps = first_pass;
+
+    const bool is_first = segment.index == 0, is_last = segment.index == segment.segments - 1;
+    int warm = 0;
+    if (c->way == GRADIENTS) {
+        if (first_pass && (is_first || warm_down_chunks(f, segment, segment.first, lane) > 0)) return false;
+        if (!is_last) warm = warm_down_chunks(f, segment, segment.end, lane);
+        c->from = is_last ? FROM_GIVEN : first_pass || warm > 0 ? FROM_ZERO : FROM_KEPT;
+        c->start = segment.end - 1 + warm;
+        c->numbers = c->start - segment.first + 1;
+    } else {
+        if (c->way == STATES) {
+            if (first_pass && (is_last || warm_up_chunks(f, segment, segment.end, lane) > 0)) return false;
+            if (!is_first) warm = warm_up_chunks(f, segment, segment.first, lane);
+            c->from = is_first ? FROM_GIVEN : first_pass || warm > 0 ? FROM_ZERO : FROM_KEPT;
+        } else {
+            if (is_first || is_last) return false;
+            const bool up = warm_up_chunks(f, segment, segment.first, lane) == 0 &&
+                            warm_up_chunks(f, segment, segment.end, lane) == 0;
+            const bool down = warm_down_chunks(f, segment, segment.first, lane) == 0 &&
+                              warm_down_chunks(f, segment, segment.end, lane) == 0;
+            if (!up && !down) return false;
+            c->from = FROM_IDENTITY;
+        }
+        c->start = segment.first - warm;
+        c->numbers = segment.end - c->start;
+    }
+    c->silent = first_pass ? c->numbers : warm;
+    const int part = segment.len / CHUNK, part_number = c->way == GRADIENTS ? c->start - part : part - c->start;
+    c->part = segment.len % CHUNK > 0 && part_number >= 0 && part_number < c->numbers ? part_number : -1;
+    return true;
+}
+
+#endif
