@@ -6,6 +6,7 @@
 
 #include "backward_common.h"
 #include "backward_segment.h"
+#include "ring.h"
 
 enum { STATE, SCORES, COPIES, ROLES };
 static_assert(FQLA__CHAINS_THREADS == ROLES * WARPGROUP, "a warpgroup a role");
@@ -55,19 +56,6 @@ typedef struct __align__(1024) ChainShared {
 
 static_assert(sizeof(ChainShared) == FQLA__CHAINS_SHARED_BYTES, "what the host asks for");
 static_assert(sizeof(ChainShared) <= 227 * 1024, "what a block can have");
-
-/* A place in a ring of slots and the parity of its barriers' phase, stepped from chunk to chunk: uniform over a warp. */
-typedef struct Ring {
-    int slot;
-    uint32_t phase;
-} Ring;
-
-template <int slots> static __device__ __forceinline__ void ring_next(Ring &ring) {
-    if (++ring.slot == slots) ring.slot = 0, ring.phase ^= 1;
-}
-
-/* The same in every lane, and known as such to the compiler, which can then use uniform registers. */
-static __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 /* Wait until chunk number i is there. Past the last there is nothing to wait for. */
 static __device__ __forceinline__ void wait_chunk(ChainShared &s, const Ring &ring, int number, int numbers) {

@@ -4,6 +4,7 @@
 
 #include <stddef.h>
 
+#include "ring.h"
 #include "segment.h"
 
 /* A block has all of V, or half of it: -DFLASHQLA_HALF. */
@@ -42,24 +43,5 @@ typedef struct __align__(1024) ForwardShared {
 
 static_assert(sizeof(ForwardShared) == FORWARD_SHARED_BYTES, "what the host asks for");
 static_assert(sizeof(ForwardShared) <= 227 * 1024, "what a block can have");
-
-/* A place in a ring of slots and the parity of its barriers' phase, stepped from chunk to chunk: uniform over a warp. */
-typedef struct Ring {
-    int slot;
-    uint32_t phase;
-} Ring;
-
-template <int slots> static __device__ __forceinline__ void ring_next(Ring &ring) {
-    if (++ring.slot == slots) ring.slot = 0, ring.phase ^= 1;
-}
-
-/* The same of chunk number i, by divisions. */
-template <int slots> static __device__ __forceinline__ Ring ring_of(int number) {
-    Ring ring = {number % slots, (uint32_t)(number / slots % 2)};
-    return ring;
-}
-
-/* The same in every lane, and known as such to the compiler, which can then use uniform registers. */
-static __device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
 
 #endif
