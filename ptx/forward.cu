@@ -15,7 +15,7 @@
        copy engine   q k v T(c+2)                           O(c-1)
        scores                      Q K^T, P of c+1
        state         K S0(c) -> W -> T W -> update -> K S0(c+1) ...
-                                     Q S0(c)  P Vn -> O
+                          Q S0(c)                P Vn -> O
 
    Shared memory: forward_shared.h has the map in bytes. Cost and floor: LADDER.md. */
 #include <stddef.h>
