@@ -41,12 +41,6 @@ static __device__ void load_chunks(const fqla__backward_params &p, ChainShared &
     }
 }
 
-/* Shared memory to global memory, contiguous. */
-static __device__ __forceinline__ void bulk_store(void *to, const void *from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
-                 : "memory");
-}
-
 /* The state's warps have fenced what they wrote. dV's rows of a chunk that is not whole they store themselves. */
 static __device__ void store_results(const fqla__backward_params &p, ChainShared &s) {
     const Chain &c = s.chain;

@@ -23,21 +23,10 @@ static __device__ __forceinline__ void clear_tile(Tile *tile, int thread, int th
     for (int unit = thread; unit < (int)(sizeof *tile / 16); unit += threads) ((uint4 *)tile->bytes)[unit] = make_uint4(0, 0, 0, 0);
 }
 
-/* Rows of a tile from `valid` on belong to the next sequence: zeros, since 0 * NaN is NaN. */
-static __device__ __forceinline__ void clear_tile_rows(Tile *tile, int valid, int thread, int threads) {
-    for (int unit = valid * 8 + thread; unit < CHUNK * 8; unit += threads) ((uint4 *)tile->bytes)[unit] = make_uint4(0, 0, 0, 0);
-}
-
 /* Named barriers; 0 is __syncthreads'. Whole warps at a time: lanes that had work of their own come together first. */
 template <int number, int threads> static __device__ __forceinline__ void named_barrier(void) {
     __syncwarp();
     asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
-}
-
-/* What the warp has read or written is there for others. */
-static __device__ __forceinline__ void arrive_warp(uint64_t *barrier, int lane) {
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(barrier);
 }
 
 /* The v-heads that read a q/k head. */

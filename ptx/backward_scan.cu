@@ -11,33 +11,13 @@
    tiles are the right operand along their rows forwards, and across them backwards.
 
    A block is a direction and half of the columns of a sequence's v-head: one warpgroup, S^T in registers (state.h). Shared memory:
-   ScanShared. */
+   scan_step.h. */
 #include "backward_segment.h"
 #include "grid.h"
-#include "state.h"
+#include "scan_step.h"
 
-enum { SLOTS = 3 };
 static_assert(FQLA__BACKWARD_SCAN_THREADS == WARPGROUP, "one warpgroup");
-
-typedef struct __align__(1024) StepSlot {
-    Tile transition[4];           /* M transposed: [rows / 64][columns / 64] */
-    float last[16][WARPGROUP][4]; /* S_loc, as its threads hold it */
-} StepSlot;                       /* 64 KB */
-
-typedef struct __align__(1024) ScanShared {
-    StepSlot step[SLOTS]; /* step i uses slot i % 3 */
-    uint64_t full[SLOTS];
-    int32_t exact[FQLA__MOST_SEGMENTS + 1]; /* by step; the one past the last is not */
-} ScanShared;
-
 static_assert(sizeof(ScanShared) == FQLA__BACKWARD_SCAN_SHARED_BYTES, "what the host asks for");
-static_assert(sizeof(StepSlot) == sizeof(fqla__kept_transition) + sizeof(fqla__kept_state) / 2, "copied as they are");
-
-/* The first step from f on whose end is wanted. */
-static __device__ __forceinline__ int next_wanted(const ScanShared &s, int f, int segments) {
-    while (f < segments && !s.exact[f + 1]) f++;
-    return f;
-}
 
 static __device__ __forceinline__ void load_step(ScanShared &s, const fqla__kept_state *last,
                                                  const fqla__kept_transition *transition, int half, bool exact, int slot) {
@@ -45,25 +25,6 @@ static __device__ __forceinline__ void load_step(ScanShared &s, const fqla__kept
     mbarrier_arrive_expect(&s.full[slot], (exact ? sizeof *transition : 0) + sizeof to.last);
     if (exact) bulk_load(to.transition, transition, sizeof *transition, &s.full[slot]);
     bulk_load(to.last, last->values[half], sizeof to.last, &s.full[slot]);
-}
-
-/* A row's elements as scale times fp16: scale is the power of two above the largest, or anything where that is not finite. */
-static __device__ __forceinline__ void pack_rows(const float (&state)[64], uint32_t (&packed)[32], float (&scale)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float most = 0.0f;
-#pragma unroll
-        for (int j = 0; j < DIM / 8; j++)
-            most = fmaxf(most, fmaxf(fabsf(state[4 * j + 2 * half]), fabsf(state[4 * j + 2 * half + 1])));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        const int exponent = min(max((int)(__float_as_uint(most) >> 23) + 1, 2), 252); /* biased; its negative is one too */
-        const float inverse = __uint_as_float((uint32_t)(254 - exponent) << 23);
-        scale[half] = __uint_as_float((uint32_t)exponent << 23);
-#pragma unroll
-        for (int j = 0; j < DIM / 8; j++)
-            packed[2 * j + half] = pack_fp16(state[4 * j + 2 * half] * inverse, state[4 * j + 2 * half + 1] * inverse);
-    }
 }
 
 /* state = S_loc + M S, or with M's transpose. m: its units. */
@@ -86,10 +47,7 @@ static __device__ __forceinline__ void carry_over(float (&state)[64], const floa
     } else {
         float d[64];
         clear_state(d);
-#pragma unroll
-        for (int step = 0; step < DIM / 16; step++)
-            wgmma_64x128_transposed(d, &packed[4 * step],
-                                    tile_descriptor(m + step / 4 * 2 * TILE_UNITS + step % 4 * 128, TILE_UNITS));
+        multiply_transition(d, packed, m);
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_settle(d);

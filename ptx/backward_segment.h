@@ -39,22 +39,8 @@ static __device__ __forceinline__ int chunk_of(const Chain &c, int number) {
 /* As warm_up_chunks, of the chunks from `boundary` on. By a whole warp. */
 static __device__ __forceinline__ int warm_down_chunks(const fqla__forward_params &p, const Segment &segment, int boundary,
                                                        int lane) {
-    const int chunks = (segment.len + CHUNK - 1) / CHUNK, most = min(chunks - boundary, (int)p.table->segment_chunks);
-    float sum = 0.0f; /* NaN warms nothing up */
-    for (int before = 0; before < most; before += WARP) {
-        const int chunk = boundary + before + lane;
-        const bool inside = before + lane < most;
-        float norm = inside ? p.prepared[(segment.chunk + chunk) * p.heads_v + segment.head].factors.norm : 0.0f;
-#pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            const float nearer = __shfl_up_sync(0xffffffffu, norm, step);
-            if (lane >= step) norm += nearer;
-        }
-        const uint32_t enough = __ballot_sync(0xffffffffu, inside && sum + norm < p.warm_up_log2);
-        if (enough) return before + __ffs((int)enough);
-        sum += __shfl_sync(0xffffffffu, norm, WARP - 1);
-    }
-    return 0;
+    const int chunks = (segment.len + CHUNK - 1) / CHUNK;
+    return forgetting_chunks(p, segment, boundary, 1, min(chunks - boundary, (int)p.table->segment_chunks), lane);
 }
 
 /* What block `block` does; false: nothing. By a whole warp. */

@@ -99,12 +99,6 @@ static __device__ __forceinline__ void wait_chunk(ForwardShared &s, const Ring &
     mbarrier_wait(&s.chunk_full[ring.slot], ring.phase);
 }
 
-/* What the warp has read or written is there for others. */
-static __device__ __forceinline__ void arrive(uint64_t *barrier, int thread) {
-    __syncwarp();
-    if (thread % WARP == 0) mbarrier_arrive(barrier);
-}
-
 /* first_v: the block's first column. warm: the segment starts from zero. */
 static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s, int first_v, int warpgroup, int thread, bool warm) {
     const Segment &segment = s.segment;
@@ -126,8 +120,8 @@ static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s
         wait_chunk(s, ring, number, whole, numbers);
         mbarrier_wait(&s.p_full[out.slot], out.phase); /* there is none, but the phases stay in step */
         advance_state(state, units, units + offsetof(ChunkSlot, t) / 16, s.chunk[ring.slot].factors, &s.chunk[ring.slot].v[warpgroup], lane);
-        arrive(&s.chunk_free[ring.slot], thread);
-        arrive(&s.out_full[out.slot], thread);
+        arrive_warp(&s.chunk_free[ring.slot], thread % WARP);
+        arrive_warp(&s.out_full[out.slot], thread % WARP);
         ring_next<SLOTS>(ring);
         ring_next<OUT_SLOTS>(out);
     }
@@ -176,11 +170,11 @@ static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s
         wgmma_fence();
         multiply_rows_again(ks, state16, first_slot + ring.slot * (sizeof(ChunkSlot) / 16));
         wgmma_commit();
-        arrive(&s.chunk_free[now.slot], thread);
+        arrive_warp(&s.chunk_free[now.slot], thread % WARP);
         wgmma_wait<1>();
         wgmma_settle(o);
         stage_output(o, p.scale, &s.o[now_out.slot][warpgroup], lane);
-        arrive(&s.out_full[now_out.slot], thread);
+        arrive_warp(&s.out_full[now_out.slot], thread % WARP);
         if (__builtin_expect(every > 0, 0)) {
             const int chunks = s.start + number + 1;
             if (chunks % every == 0 && chunks * CHUNK <= segment.len)

@@ -17,6 +17,12 @@ static __device__ __forceinline__ void mbarrier_arrive(uint64_t *barrier) {
     asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+/* What the warp has read or written is there for others. */
+static __device__ __forceinline__ void arrive_warp(uint64_t *barrier, int lane) {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(barrier);
+}
+
 /* Arrive, and announce the bytes that copies will bring. */
 static __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t *barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
@@ -31,16 +37,6 @@ static __device__ __forceinline__ bool mbarrier_try(uint64_t *barrier, uint32_t 
                  : "r"(shared_address(barrier)), "r"(parity)
                  : "memory");
     return done != 0;
-}
-
-/* Has it by now? The same answer in every lane of the warp. */
-static __device__ __forceinline__ bool mbarrier_test(uint64_t *barrier, uint32_t parity) {
-    uint32_t done;
-    asm volatile("{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-                 : "=r"(done)
-                 : "r"(shared_address(barrier)), "r"(parity)
-                 : "memory");
-    return __all_sync(0xffffffffu, done != 0);
 }
 
 /* Wait for the completion of the phase of this parity. Built with -DFLASHQLA_BOUNDED_WAIT it traps after about ten seconds. */

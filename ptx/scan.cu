@@ -7,63 +7,20 @@
    M is fp16, and so is S, each row of S^T divided by a power of two that brings it to at most 1: a product loses 2e-4, an eighth of what
    a chunk's bfloat16 operands lose. h0 is copied here, since the forward's last segment may write ht over it before the first has started.
 
-   A block is half of the columns of a sequence's v-head: one warpgroup, S^T in registers (state.h). Shared memory: ScanShared. */
+   A block is half of the columns of a sequence's v-head: one warpgroup, S^T in registers (state.h). Shared memory: scan_step.h. */
 #include "grid.h"
-#include "segment.h"
-#include "state.h"
+#include "scan_step.h"
 
-enum { SLOTS = 3, STATE_COLUMNS = 64 };
+enum { STATE_COLUMNS = 64 };
 static_assert(FQLA__SCAN_THREADS == WARPGROUP, "one warpgroup");
 
-typedef struct __align__(1024) StepSlot {
-    Tile transition[4];           /* M transposed: [rows / 64][columns / 64] */
-    float last[16][WARPGROUP][4]; /* S_loc, as its threads hold it */
-} StepSlot;                       /* 64 KB */
-
-typedef struct __align__(1024) ScanShared {
-    StepSlot step[SLOTS];       /* step i uses slot i % 3 */
-    uint64_t full[SLOTS];
-    int32_t exact[FQLA__MOST_SEGMENTS + 1]; /* by segment; the one past the last is not */
-} ScanShared;
-
 static_assert(sizeof(ScanShared) == FQLA__SCAN_SHARED_BYTES, "what the host asks for");
-static_assert(sizeof(StepSlot) == sizeof(fqla__kept_transition) + sizeof(fqla__kept_state) / 2, "copied as they are");
-
-/* The first segment from f on whose last state is wanted. */
-static __device__ __forceinline__ int next_wanted(const ScanShared &s, int f, int segments) {
-    while (f < segments && !s.exact[f + 1]) f++;
-    return f;
-}
 
 static __device__ __forceinline__ void load_step(const fqla__forward_params &p, ScanShared &s, int64_t entry, int half, bool exact, int slot) {
     StepSlot &to = s.step[slot];
     mbarrier_arrive_expect(&s.full[slot], (exact ? sizeof(fqla__kept_transition) : 0) + sizeof to.last);
     if (exact) bulk_load(to.transition, &p.transitions[entry], sizeof(fqla__kept_transition), &s.full[slot]);
     bulk_load(to.last, p.states[entry].values[half], sizeof to.last, &s.full[slot]);
-}
-
-/* A row's elements as scale times fp16: scale is the power of two above the largest, or anything where that is not finite. */
-static __device__ __forceinline__ void pack_rows(const float (&state)[64], uint32_t (&packed)[32], float (&scale)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float most = 0.0f;
-#pragma unroll
-        for (int j = 0; j < DIM / 8; j++) most = fmaxf(most, fmaxf(fabsf(state[4 * j + 2 * half]), fabsf(state[4 * j + 2 * half + 1])));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        const int exponent = min(max((int)(__float_as_uint(most) >> 23) + 1, 2), 252); /* biased; its negative is one too */
-        const float inverse = __uint_as_float((uint32_t)(254 - exponent) << 23);
-        scale[half] = __uint_as_float((uint32_t)exponent << 23);
-#pragma unroll
-        for (int j = 0; j < DIM / 8; j++) packed[2 * j + half] = pack_fp16(state[4 * j + 2 * half] * inverse, state[4 * j + 2 * half + 1] * inverse);
-    }
-}
-
-/* d += left operand [64 x 128] by M transposed. m: its units. */
-static __device__ __forceinline__ void multiply_transition(float (&d)[64], const uint32_t (&a)[32], uint32_t m) {
-#pragma unroll
-    for (int step = 0; step < DIM / 16; step++)
-        wgmma_64x128_transposed(d, &a[4 * step], tile_descriptor(m + step / 4 * 2 * TILE_UNITS + step % 4 * 128, TILE_UNITS));
 }
 
 extern "C" __global__ void __launch_bounds__(FQLA__SCAN_THREADS, 1) scan(const __grid_constant__ fqla__aligned_params params) {

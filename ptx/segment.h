@@ -84,25 +84,31 @@ static __device__ __forceinline__ bool find_segment(const fqla__forward_params &
     return true;
 }
 
-/* How many chunks before chunk `boundary` of the segment's sequence a state may start from zero, up to a segment's length; 0: it may
-   not. By a whole warp. */
-static __device__ __forceinline__ int warm_up_chunks(const fqla__forward_params &p, const Segment &segment, int boundary, int lane) {
-    const int most = min(boundary, (int)p.table->segment_chunks);
+/* How many chunks from `first` on, `step` by `step` and at most `most`, have transitions whose norms' product is below the tolerance; 0:
+   not so many. By a whole warp. */
+static __device__ __forceinline__ int forgetting_chunks(const fqla__forward_params &p, const Segment &segment, int first, int step, int most,
+                                                        int lane) {
     float sum = 0.0f; /* NaN warms nothing up */
     for (int before = 0; before < most; before += WARP) {
-        const int chunk = boundary - 1 - before - lane;
+        const int chunk = first + step * before + step * lane;
         const bool inside = before + lane < most;
         float norm = inside ? p.prepared[(segment.chunk + chunk) * p.heads_v + segment.head].factors.norm : 0.0f;
 #pragma unroll
-        for (int step = 1; step < WARP; step *= 2) {
-            const float nearer = __shfl_up_sync(0xffffffffu, norm, step);
-            if (lane >= step) norm += nearer;
+        for (int distance = 1; distance < WARP; distance *= 2) {
+            const float nearer = __shfl_up_sync(0xffffffffu, norm, distance);
+            if (lane >= distance) norm += nearer;
         }
         const uint32_t enough = __ballot_sync(0xffffffffu, inside && sum + norm < p.warm_up_log2);
         if (enough) return before + __ffs((int)enough);
         sum += __shfl_sync(0xffffffffu, norm, WARP - 1);
     }
     return 0;
+}
+
+/* How many chunks before chunk `boundary` of the segment's sequence a state may start from zero, up to a segment's length; 0: it may
+   not. By a whole warp. */
+static __device__ __forceinline__ int warm_up_chunks(const fqla__forward_params &p, const Segment &segment, int boundary, int lane) {
+    return forgetting_chunks(p, segment, boundary - 1, -1, min(boundary, (int)p.table->segment_chunks), lane);
 }
 
 #endif

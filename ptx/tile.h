@@ -72,10 +72,14 @@ static __device__ __forceinline__ void clear_square(Square *square, int thread, 
     for (int unit = thread; unit < (int)(sizeof *square / 16); unit += threads) ((uint4 *)square->bytes)[unit] = make_uint4(0, 0, 0, 0);
 }
 
-/* Rows of tiles from `valid` on belong to the next sequence: zeros, since 0 * NaN is NaN. By a warpgroup. */
+/* Rows of a tile from `valid` on belong to the next sequence: zeros, since 0 * NaN is NaN. */
+static __device__ __forceinline__ void clear_tile_rows(Tile *tile, int valid, int thread, int threads) {
+    for (int unit = valid * 8 + thread; unit < CHUNK * 8; unit += threads) ((uint4 *)tile->bytes)[unit] = make_uint4(0, 0, 0, 0);
+}
+
+/* Of several tiles, before wgmma reads them. By a warpgroup. */
 static __device__ __forceinline__ void clear_rows(Tile *tiles, int count, int valid, int thread) {
-    for (int tile = 0; tile < count; tile++)
-        for (int unit = valid * 8 + thread; unit < CHUNK * 8; unit += WARPGROUP) ((uint4 *)tiles[tile].bytes)[unit] = make_uint4(0, 0, 0, 0);
+    for (int tile = 0; tile < count; tile++) clear_tile_rows(&tiles[tile], valid, thread, WARPGROUP);
     fence_proxy_async();
 }
 

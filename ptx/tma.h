@@ -34,6 +34,12 @@ static __device__ __forceinline__ void tma_store(const void *map, int32_t column
                  : "memory");
 }
 
+/* Shared memory to global memory, contiguous. */
+static __device__ __forceinline__ void bulk_store(void *to, const void *from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from)), "r"(bytes)
+                 : "memory");
+}
+
 static __device__ __forceinline__ void bulk_commit(void) { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 /* Wait until all but the last `pending` of this thread's groups of stores have read their shared memory. */
