@@ -31365,16 +31365,20 @@ static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule,
            (double)chunks * d->heads_v * fqla__costs.prepare / servers + first_pass + end;
 }
 
-/* Where to cut these lengths. */
-static void fqla__choose_cut(const fqla_plan *plan, fqla__schedule *schedule, const fqla__lengths *lengths) {
+/* A model's time of one operation over these lengths, as fqla__model. */
+typedef double fqla__model_function(const fqla_plan *plan, const fqla__schedule *schedule, const fqla__lengths *lengths,
+                                    int32_t segment_chunks);
+
+/* Where to cut these lengths, by a model. */
+static void fqla__choose_cut(const fqla_plan *plan, fqla__schedule *schedule, const fqla__lengths *lengths, fqla__model_function *model) {
     int32_t n, parts, longest = 0;
     const int32_t forced = plan->desc.segment_chunks;
     schedule->segment_chunks = 0;
-    schedule->uncut = schedule->microseconds = fqla__model(plan, schedule, lengths, 0);
+    schedule->uncut = schedule->microseconds = model(plan, schedule, lengths, 0);
     if (schedule->extra_segments == 0) return;
     if (forced > 0) {
         schedule->segment_chunks = forced;
-        schedule->microseconds = fqla__model(plan, schedule, lengths, forced);
+        schedule->microseconds = model(plan, schedule, lengths, forced);
         return;
     }
     for (n = 0; n < lengths->count; n++)
@@ -31384,7 +31388,7 @@ static void fqla__choose_cut(const fqla_plan *plan, fqla__schedule *schedule, co
         double time;
         if (step < FQLA__LEAST_SEGMENT) break;
         if (step == fqla__ceil_div(longest, parts - 1)) continue;
-        time = fqla__model(plan, schedule, lengths, step);
+        time = model(plan, schedule, lengths, step);
         if (time >= 0.0 && time < schedule->microseconds) {
             schedule->microseconds = time;
             schedule->segment_chunks = step;
@@ -31417,7 +31421,7 @@ static void fqla__choose_schedule(fqla_plan *plan, fqla__schedule *schedule) {
             if (d->segment_chunks > 0 && !may_cut) continue;
             one.v_split = split;
             one.extra_segments = (int32_t)extra;
-            fqla__choose_cut(plan, &one, &lengths);
+            fqla__choose_cut(plan, &one, &lengths, fqla__model);
             if (!may_cut && d->segment_chunks == 0 &&
                 (one.microseconds > (double)FQLA__SHORT_MICROSECONDS ||
                  (double)most_chunks * (split == 2 ? fqla__costs.half : fqla__costs.whole) > (double)FQLA__LONG_MICROSECONDS))
@@ -31429,7 +31433,8 @@ static void fqla__choose_schedule(fqla_plan *plan, fqla__schedule *schedule) {
 // >>cuda_backward_schedule: where a backward cuts sequences
 //
 // As for a forward (cuda_schedule.h), by a model of the time: of kernel backward_chains, in which a v-head has four blocks a
-// segment, one a multiprocessor, and of the first pass and the scan before it where sequences are cut.
+// segment, one a multiprocessor, and of the first pass and the scan before it where sequences are cut. Its constants come from counting,
+// not from a fit.
 
 /* Microseconds on one multiprocessor of a Hopper GPU. */
 static const struct {
@@ -31490,28 +31495,6 @@ static double fqla__backward_model(const fqla_plan *plan, const fqla__schedule *
     return fqla__backward_costs.start + first_pass + end + (double)chunks * d->heads_v * fqla__backward_costs.rest / servers;
 }
 
-/* Where to cut these lengths. */
-static void fqla__choose_backward_cut(const fqla_plan *plan, fqla__schedule *schedule, const fqla__lengths *lengths) {
-    const int32_t forced = plan->desc.segment_chunks;
-    int32_t n, parts, longest = 0;
-    schedule->segment_chunks = 0;
-    schedule->uncut = schedule->microseconds = fqla__backward_model(plan, schedule, lengths, 0);
-    if (schedule->extra_segments == 0) return;
-    for (n = 0; n < lengths->count; n++)
-        if (fqla__chunks_of(lengths, n) > longest) longest = fqla__chunks_of(lengths, n);
-    for (parts = 2; parts <= FQLA__MOST_SEGMENTS; parts++) {
-        const int32_t step = forced > 0 ? forced : (int32_t)fqla__ceil_div(longest, parts);
-        double time;
-        if (step < FQLA__LEAST_SEGMENT && forced <= 0) break;
-        time = fqla__backward_model(plan, schedule, lengths, step);
-        if (forced > 0 || (time >= 0.0 && time < schedule->microseconds)) {
-            schedule->microseconds = time;
-            schedule->segment_chunks = step;
-        }
-        if (forced > 0) break;
-    }
-}
-
 /* How far sequences may be cut, from the maxima. Where neither equally long sequences nor one that is as long as all gains from
    being cut, the kernels for it are left out. */
 static void fqla__choose_backward_schedule(const fqla_plan *plan, fqla__schedule *schedule) {
@@ -31531,7 +31514,7 @@ static void fqla__choose_backward_schedule(const fqla_plan *plan, fqla__schedule
     for (pass = 0; pass < 2; pass++) {
         lengths.count = pass == 0 ? d->max_seqs : 1;
         lengths.each = (int32_t)fqla__ceil_div(most_chunks, lengths.count);
-        fqla__choose_backward_cut(plan, schedule, &lengths);
+        fqla__choose_cut(plan, schedule, &lengths, fqla__backward_model);
         if (schedule->segment_chunks > 0) return;
     }
     schedule->extra_segments = 0;
@@ -31613,11 +31596,11 @@ static fqla_status fqla__cuda_send_tables(const fqla_plan *plan, const char *fun
     lengths.cu_seqlens = cu_seqlens;
     lengths.count = num_seqs;
     lengths.each = (int32_t)fqla__ceil_div(plan->desc.padded_len, FLASHQLA_CHUNK);
-    fqla__choose_cut(plan, schedule, &lengths);
+    fqla__choose_cut(plan, schedule, &lengths, fqla__model);
     bytes = fqla__cuda_fill_table(plan, plan->cuda.staging, num_seqs, cu_seqlens, schedule->segment_chunks);
     if (plan->desc.backward) {
         bytes = plan->cuda.backward_table;
-        fqla__choose_backward_cut(plan, backward, &lengths);
+        fqla__choose_cut(plan, backward, &lengths, fqla__backward_model);
         bytes += fqla__cuda_fill_table(plan, (fqla__device_table *)(void *)((char *)plan->cuda.staging + bytes), num_seqs, cu_seqlens,
                                        backward->segment_chunks);
     }

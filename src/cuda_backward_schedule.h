@@ -1,7 +1,8 @@
 // >>cuda_backward_schedule: where a backward cuts sequences
 //
 // As for a forward (cuda_schedule.h), by a model of the time: of kernel backward_chains, in which a v-head has four blocks a
-// segment, one a multiprocessor, and of the first pass and the scan before it where sequences are cut.
+// segment, one a multiprocessor, and of the first pass and the scan before it where sequences are cut. Its constants come from counting,
+// not from a fit.
 
 /* Microseconds on one multiprocessor of a Hopper GPU. */
 static const struct {
@@ -62,28 +63,6 @@ static double fqla__backward_model(const fqla_plan *plan, const fqla__schedule *
     return fqla__backward_costs.start + first_pass + end + (double)chunks * d->heads_v * fqla__backward_costs.rest / servers;
 }
 
-/* Where to cut these lengths. */
-static void fqla__choose_backward_cut(const fqla_plan *plan, fqla__schedule *schedule, const fqla__lengths *lengths) {
-    const int32_t forced = plan->desc.segment_chunks;
-    int32_t n, parts, longest = 0;
-    schedule->segment_chunks = 0;
-    schedule->uncut = schedule->microseconds = fqla__backward_model(plan, schedule, lengths, 0);
-    if (schedule->extra_segments == 0) return;
-    for (n = 0; n < lengths->count; n++)
-        if (fqla__chunks_of(lengths, n) > longest) longest = fqla__chunks_of(lengths, n);
-    for (parts = 2; parts <= FQLA__MOST_SEGMENTS; parts++) {
-        const int32_t step = forced > 0 ? forced : (int32_t)fqla__ceil_div(longest, parts);
-        double time;
-        if (step < FQLA__LEAST_SEGMENT && forced <= 0) break;
-        time = fqla__backward_model(plan, schedule, lengths, step);
-        if (forced > 0 || (time >= 0.0 && time < schedule->microseconds)) {
-            schedule->microseconds = time;
-            schedule->segment_chunks = step;
-        }
-        if (forced > 0) break;
-    }
-}
-
 /* How far sequences may be cut, from the maxima. Where neither equally long sequences nor one that is as long as all gains from
    being cut, the kernels for it are left out. */
 static void fqla__choose_backward_schedule(const fqla_plan *plan, fqla__schedule *schedule) {
@@ -103,7 +82,7 @@ static void fqla__choose_backward_schedule(const fqla_plan *plan, fqla__schedule
     for (pass = 0; pass < 2; pass++) {
         lengths.count = pass == 0 ? d->max_seqs : 1;
         lengths.each = (int32_t)fqla__ceil_div(most_chunks, lengths.count);
-        fqla__choose_backward_cut(plan, schedule, &lengths);
+        fqla__choose_cut(plan, schedule, &lengths, fqla__backward_model);
         if (schedule->segment_chunks > 0) return;
     }
     schedule->extra_segments = 0;

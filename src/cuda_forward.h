@@ -75,11 +75,11 @@ static fqla_status fqla__cuda_send_tables(const fqla_plan *plan, const char *fun
     lengths.cu_seqlens = cu_seqlens;
     lengths.count = num_seqs;
     lengths.each = (int32_t)fqla__ceil_div(plan->desc.padded_len, FLASHQLA_CHUNK);
-    fqla__choose_cut(plan, schedule, &lengths);
+    fqla__choose_cut(plan, schedule, &lengths, fqla__model);
     bytes = fqla__cuda_fill_table(plan, plan->cuda.staging, num_seqs, cu_seqlens, schedule->segment_chunks);
     if (plan->desc.backward) {
         bytes = plan->cuda.backward_table;
-        fqla__choose_backward_cut(plan, backward, &lengths);
+        fqla__choose_cut(plan, backward, &lengths, fqla__backward_model);
         bytes += fqla__cuda_fill_table(plan, (fqla__device_table *)(void *)((char *)plan->cuda.staging + bytes), num_seqs, cu_seqlens,
                                        backward->segment_chunks);
     }

@@ -102,16 +102,20 @@ static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule,
            (double)chunks * d->heads_v * fqla__costs.prepare / servers + first_pass + end;
 }
 
-/* Where to cut these lengths. */
-static void fqla__choose_cut(const fqla_plan *plan, fqla__schedule *schedule, const fqla__lengths *lengths) {
+/* A model's time of one operation over these lengths, as fqla__model. */
+typedef double fqla__model_function(const fqla_plan *plan, const fqla__schedule *schedule, const fqla__lengths *lengths,
+                                    int32_t segment_chunks);
+
+/* Where to cut these lengths, by a model. */
+static void fqla__choose_cut(const fqla_plan *plan, fqla__schedule *schedule, const fqla__lengths *lengths, fqla__model_function *model) {
     int32_t n, parts, longest = 0;
     const int32_t forced = plan->desc.segment_chunks;
     schedule->segment_chunks = 0;
-    schedule->uncut = schedule->microseconds = fqla__model(plan, schedule, lengths, 0);
+    schedule->uncut = schedule->microseconds = model(plan, schedule, lengths, 0);
     if (schedule->extra_segments == 0) return;
     if (forced > 0) {
         schedule->segment_chunks = forced;
-        schedule->microseconds = fqla__model(plan, schedule, lengths, forced);
+        schedule->microseconds = model(plan, schedule, lengths, forced);
         return;
     }
     for (n = 0; n < lengths->count; n++)
@@ -121,7 +125,7 @@ static void fqla__choose_cut(const fqla_plan *plan, fqla__schedule *schedule, co
         double time;
         if (step < FQLA__LEAST_SEGMENT) break;
         if (step == fqla__ceil_div(longest, parts - 1)) continue;
-        time = fqla__model(plan, schedule, lengths, step);
+        time = model(plan, schedule, lengths, step);
         if (time >= 0.0 && time < schedule->microseconds) {
             schedule->microseconds = time;
             schedule->segment_chunks = step;
@@ -154,7 +158,7 @@ static void fqla__choose_schedule(fqla_plan *plan, fqla__schedule *schedule) {
             if (d->segment_chunks > 0 && !may_cut) continue;
             one.v_split = split;
             one.extra_segments = (int32_t)extra;
-            fqla__choose_cut(plan, &one, &lengths);
+            fqla__choose_cut(plan, &one, &lengths, fqla__model);
             if (!may_cut && d->segment_chunks == 0 &&
                 (one.microseconds > (double)FQLA__SHORT_MICROSECONDS ||
                  (double)most_chunks * (split == 2 ? fqla__costs.half : fqla__costs.whole) > (double)FQLA__LONG_MICROSECONDS))
