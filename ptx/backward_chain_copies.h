@@ -16,21 +16,25 @@ static __device__ void load_chunks(const fqla__backward_params &p, ChainShared &
     const int way = c.way, numbers = c.numbers, head = c.segment.head, head_qk = c.segment.head_qk;
     const int step = way == GRADIENTS ? -1 : 1;
     const uint32_t tiles = way == GRADIENTS ? 5 : way == STATES ? 3 : 2;
+    const uint32_t bytes = tiles * (uint32_t)sizeof(Tile) + (uint32_t)sizeof(fqla__prepared_chunk);
     const fqla__prepared_chunk *prepared = &f.prepared[(c.segment.chunk + c.start) * f.heads_v + head];
     int32_t row = (int32_t)(c.segment.row + (int64_t)c.start * CHUNK);
     Ring ring = {0, 0};
     for (int number = 0; number < numbers; number++) {
         uint64_t *full = number == c.part ? &s.part_full : &s.full[ring.slot];
-        if (number >= SLOTS) mbarrier_wait(&s.free[ring.slot], ring.phase ^ 1);
-        mbarrier_arrive_expect(full, tiles * (uint32_t)sizeof(Tile) + (uint32_t)sizeof *prepared);
         if (way == GRADIENTS) {
             GradientsSlot &to = s.gradients[ring.slot];
+            if (number >= SLOTS) mbarrier_wait(&s.half_free[ring.slot], ring.phase ^ 1);
+            mbarrier_arrive_expect(full, bytes);
             load_rows(to.q, &f.q, row, head_qk, full);
+            tma_load(&to.dout, &f.o, c.half * STATE_COLUMNS, row, head, full);
+            if (number >= SLOTS) mbarrier_wait(&s.free[ring.slot], ring.phase ^ 1);
             load_rows(to.k, &f.k, row, head_qk, full);
             bulk_load(&to.prepared, prepared, sizeof *prepared, full);
-            tma_load(&to.dout, &f.o, c.half * STATE_COLUMNS, row, head, full);
         } else {
             StatesSlot &to = s.states[ring.slot];
+            if (number >= SLOTS) mbarrier_wait(&s.free[ring.slot], ring.phase ^ 1);
+            mbarrier_arrive_expect(full, bytes);
             load_rows(to.k, &f.k, row, head_qk, full);
             if (way == STATES) tma_load(&to.v, &f.v, c.half * STATE_COLUMNS, row, head, full);
             load_prepared(&to.t, &to.factors, prepared, full);

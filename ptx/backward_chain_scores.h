@@ -8,8 +8,9 @@
 #include "backward_chain_shared.h"
 #include "gates.h"
 
-static __device__ __forceinline__ void make_scores(const fqla__factors &d, uint32_t q, uint32_t k, Tile *to, float scale, int warp,
-                                                   int lane) {
+/* P's place may be written once `free` completes its phase; NULL: it may. */
+static __device__ __forceinline__ void make_scores(const fqla__factors &d, uint32_t q, uint32_t k, Tile *to, float scale,
+                                                   uint64_t *free, uint32_t phase, int warp, int lane) {
     const int row = BLOCK * warp + lane / 4, column = 2 * (lane % 4);
     float qk[32];
     wgmma_fence();
@@ -24,6 +25,8 @@ static __device__ __forceinline__ void make_scores(const fqla__factors &d, uint3
         inside[e] = exp2_fast(rows[e / 2 % 2] - d.column[BLOCK * warp + column + e / 4 * 8 + e % 2]) * scale;
     wgmma_wait<0>();
     wgmma_settle(qk);
+    if (free) mbarrier_wait(free, phase);
+    __syncwarp();
 #pragma unroll
     for (int block = BLOCKS - 1; block >= 0; block--) {
         float *value = &qk[8 * block];
@@ -74,8 +77,7 @@ static __device__ __forceinline__ void clear_part(ChainShared &s, int slot, int 
     __syncwarp();
 }
 
-/* P of number i lies where that of i - 2 was, which the state has used before the copy engine may bring chunk i, with chunk i - 3; but
-   the first three chunks come at once, and there P waits. T of i - 2 the state uses up to the end of that chunk. */
+/* P and T of number i lie where those of i - 2 were, which the state uses up to the end of that chunk. */
 static __device__ void run_scores(const fqla__backward_params &p, ChainShared &s, int block_thread) {
     const int numbers = uniform(s.chain.numbers), part = uniform(s.chain.part), valid = s.chain.segment.len % CHUNK;
     const bool gradients = s.chain.way == GRADIENTS;
@@ -87,12 +89,11 @@ static __device__ void run_scores(const fqla__backward_params &p, ChainShared &s
         const uint32_t units = first_slot + ring.slot * (sizeof(GradientsSlot) / 16);
         if (number == part) clear_part(s, ring.slot, valid, thread);
         mbarrier_wait(&s.full[ring.slot], ring.phase);
-        if (number == RINGS) mbarrier_wait(&s.free[before.slot], before.phase);
         __syncwarp();
-        make_scores(in.prepared.factors, units + offsetof(GradientsSlot, q) / 16, units, &s.p[out.slot], p.power, warp, lane);
+        make_scores(in.prepared.factors, units + offsetof(GradientsSlot, q) / 16, units, &s.p[out.slot], p.power,
+                    number >= RINGS ? &s.free[before.slot] : NULL, before.phase, warp, lane);
         fence_proxy_async(); /* it goes to wgmma, and T too */
         arrive_warp(&s.p_full[out.slot], lane);
-        if (number >= RINGS) mbarrier_wait(&s.free[before.slot], before.phase);
         spread_triangle(in.prepared.t, &s.t[out.slot], thread);
         fence_proxy_async();
         arrive_warp(&s.t_full[out.slot], lane);

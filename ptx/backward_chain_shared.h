@@ -46,6 +46,7 @@ typedef struct __align__(1024) ChainShared {
     Chain chain;
     int32_t idle;              /* nothing to do */
     uint64_t full[SLOTS];      /* copy engine, or for the chunk that is not whole scores -> scores, state */
+    uint64_t half_free[SLOTS]; /* state -> copies: GRADIENTS: q and dO are used; half a chunk later */
     uint64_t free[SLOTS];      /* state -> copies, scores: the chunk is used */
     uint64_t p_full[RINGS];    /* scores -> state: P is there; */
     uint64_t t_full[RINGS];    /* T */

@@ -88,22 +88,22 @@ static __device__ void run_states(const fqla__backward_params &p, ChainShared &s
         wgmma_fence();
         multiply_square(ks, w16, units + offsetof(StatesSlot, t) / 16);
         wgmma_commit();
-        wait_chunk(s, ring, number + 1, numbers);
         wgmma_wait<0>();
         wgmma_settle(ks);
         pack_columns(w16, update16, ks, in.factors.update, place); /* w16 is Vn from here on */
         wgmma_fence();
         multiply_update(state, update16, units);
         wgmma_commit();
-        if (number >= silent) {
-            stage_rows(w16, &out.rows, place);
-            fence_proxy_async(); /* S0 and Vn go to the copy engine */
-            arrive_warp(&s.out_full[ring_out.slot], lane);
-            ring_next<RINGS>(ring_out);
-        }
+        if (number >= silent) stage_rows(w16, &out.rows, place);
         wgmma_wait<0>();
         wgmma_settle(state);
         arrive_warp(&s.free[now.slot], lane);
+        if (number >= silent) {
+            fence_proxy_async(); /* S0 and Vn go to the copy engine; here nothing is left to wait for */
+            arrive_warp(&s.out_full[ring_out.slot], lane);
+            ring_next<RINGS>(ring_out);
+        }
+        wait_chunk(s, ring, number + 1, numbers);
     }
     if (c.keeps) {
         const int64_t kept = c.segment.kept * p.forward.heads_v + c.segment.head;
@@ -194,13 +194,6 @@ static __device__ __forceinline__ void send_rows(const fqla__backward_params &p,
         *(uint4 *)(to + row * p.v_token) = *(const uint4 *)(tile->bytes + row * 128 + (((2 * warp + lane % 2) ^ (row % 8)) * 16));
 }
 
-/* Wait for chunk number i's dO and P. Past the last P^T dO is issued all the same, of whatever lies there, and not used, since a
-   wgmma on one of two paths would make the compiler wait for every one. */
-static __device__ __forceinline__ void wait_scores(ChainShared &s, const Ring &ring, const Ring &ring_p, int number, int numbers) {
-    wait_chunk(s, ring, number, numbers);
-    if (number < numbers) mbarrier_wait(&s.p_full[ring_p.slot], ring_p.phase);
-}
-
 static __device__ void run_gradients(const fqla__backward_params &p, ChainShared &s, int thread) {
     const Chain &c = s.chain;
     const int numbers = uniform(c.numbers), silent = uniform(c.silent), part = uniform(c.part);
@@ -213,13 +206,7 @@ static __device__ void run_gradients(const fqla__backward_params &p, ChainShared
 
     start_state(p, c, state, p.dht, p.gradients, thread);
     if (c.from == FROM_GIVEN) scale_state(state, p.per_unit);
-    wait_scores(s, ring, ring_p, 0, numbers);
-    load_columns(do16, &s.gradients[0].dout, place);
-    wgmma_fence();
-    multiply_tile_first(po, do16, first_p);
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_settle(po);
+    wait_chunk(s, ring, 0, numbers);
     for (int number = 0; number < numbers; number++) {
         const uint32_t units = first_slot + ring.slot * (sizeof(GradientsSlot) / 16);
         const GradientsSlot &in = s.gradients[ring.slot];
@@ -234,46 +221,48 @@ static __device__ void run_gradients(const fqla__backward_params &p, ChainShared
         wgmma_fence();
         multiply_rows(ks, state16, units);
         wgmma_commit();
-        scale_state(state, factors.gamma_chunk);
+        load_columns(do16, &in.dout, place);
         scale_operand<false>(left16, do16, factors.o, p.power, place);
+        scale_state(state, factors.gamma_chunk);
         wgmma_fence();
         multiply_update(state, left16, units + offsetof(GradientsSlot, q) / 16);
+        wgmma_commit();
+        mbarrier_wait(&s.p_full[now_p.slot], now_p.phase);
+        wgmma_fence();
+        multiply_tile_first(po, do16, first_p + now_p.slot * TILE_UNITS);
         wgmma_commit();
         if (number >= silent) {
             if (number >= silent + RINGS) mbarrier_wait(&s.out_free[ring_out.slot], ring_out.phase ^ 1);
             stage_state(state16, out.state, warp, lane);
         }
         mbarrier_wait(&s.t_full[now_p.slot], now_p.phase);
-        wgmma_wait<1>();
+        wgmma_wait<0>();
         wgmma_settle(ks);
+        wgmma_settle(po);
+        arrive_warp(&s.half_free[now.slot], lane);
         uint32_t dvn16[16];
         make_dvn(dvn16, ks, po, factors, place);
         wgmma_fence();
         multiply_tile(ks, dvn16, first_t + now_p.slot * TILE_UNITS);
         wgmma_commit();
-        wait_scores(s, ring, ring_p, number + 1, numbers);
-        load_columns(do16, &s.gradients[ring.slot].dout, place);
-        wgmma_fence();
-        multiply_tile_first(po, do16, first_p + ring_p.slot * TILE_UNITS);
-        wgmma_commit();
-        wgmma_wait<1>();
+        wgmma_wait<0>();
         wgmma_settle(ks);
         split_dw(left16, dv16, ks, factors.w, p.unit, place);
         wgmma_fence();
         multiply_update(state, left16, units);
         wgmma_commit();
+        if (number >= silent) stage_rows(dv16, &out.rows, place);
+        wgmma_wait<0>();
+        wgmma_settle(state);
+        arrive_warp(&s.free[now.slot], lane);
         if (number >= silent) {
-            stage_rows(dv16, &out.rows, place);
-            fence_proxy_async(); /* dS1 and dV go to the copy engine */
+            fence_proxy_async(); /* dS1 and dV go to the copy engine; here nothing is left to wait for */
             __syncwarp();
             if (__builtin_expect(number == part, 0)) send_rows(p, &out.rows, c, warp, lane);
             arrive_warp(&s.out_full[ring_out.slot], lane);
             ring_next<RINGS>(ring_out);
         }
-        wgmma_wait<0>();
-        wgmma_settle(state);
-        wgmma_settle(po);
-        arrive_warp(&s.free[now.slot], lane);
+        wait_chunk(s, ring, number + 1, numbers);
     }
     if (c.keeps) {
         store_kept(state, &p.gradients[c.segment.kept * p.forward.heads_v + c.segment.head], c.half, thread);

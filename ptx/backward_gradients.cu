@@ -9,26 +9,35 @@
        dP K, dP^T Q, dKK K, dKK^T K   2 U        Q K^T, K K^T         1 U a q/k head
 
    6.5 U = 3300 tensor cycles with two v-heads a q/k head; from memory 114 KB a v-head and 64 KB a q/k head (q, k, dq, dk): 146
-   KB, 4.6 us at the copy rate. So it is memory that limits, and the one thing to see to is that loads are always under way.
+   KB, 5.0 us at the rate of a copy.
 
-   Roles, a warpgroup each: QUERIES dq, KEYS dk, SCORES the 64 x 64 matrices, the gates, and loads.
+   Roles, a warpgroup each:
+       QUERIES    dq                                              backward_rows.h       160 registers
+       KEYS       dk                                              backward_rows.h       160 registers
+       SCORES     the 64 x 64 matrices                            backward_scores.h     152 registers
+       HELPERS    a warp loads, one finishes dg and dbeta,
+                  two make half of <dS1, S0>                      backward_loads.h, backward_gates.h    40 registers
 
    The pipeline, n the step at hand:
 
        copy engine   second(n): S0, dO, dW | second(n+1), first(n+2): dS1, Vn, factors   (112 KB under way, never less than 48)
-       QUERIES       dO S0^T, dots and sum | dP K
+       QUERIES       dO S0^T, under it half of <dS1, S0>, dots and sum | dP K
        KEYS          Vn dS1^T, sum (under the loads of second(n)) | dW S0^T, sum | dP^T Q, dKK K, dKK^T K
-       SCORES        dO Vn^T, dW Vn^T, under them <dS1, S0> | all used: loads | dP, dKK, Z | dg, dbeta, by one warp
+       SCORES        dO Vn^T, dW Vn^T | all used: loads | dP, dKK | Z
+       HELPERS       half of <dS1, S0> | dg, dbeta of n-1
 
    and after an item's last step dq and dk leave by way of first's place, while q and k of the next come: first(n+2) once they have
-   left.
+   left. By ncu's samples KEYS and SCORES are busy five sixths of a step's 5.9 us.
 
    Shared memory: backward_shared.h. */
+#include "backward_gates.h"
+#include "backward_loads.h"
 #include "backward_scores.h"
 #include "grid.h"
 
-enum { ROWS_REGISTERS = 176, SCORES_REGISTERS = 152 };
-static_assert(2 * ROWS_REGISTERS + SCORES_REGISTERS <= 504, "three warpgroups share 504 registers a thread triple");
+enum { ROWS_REGISTERS = 160, SCORES_REGISTERS = 152, HELPERS_REGISTERS = 40, START_REGISTERS = 128 };
+static_assert(2 * ROWS_REGISTERS + SCORES_REGISTERS + HELPERS_REGISTERS <= ROLES * START_REGISTERS,
+              "the warpgroups share what the block starts with");
 
 extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
 #if defined(FLASHQLA_ELEMENT_BF16)
@@ -45,15 +54,16 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
 
     if (thread == 0) {
         mbarrier_init(&s.qk_full, 1);
-        mbarrier_init(&s.cleared, FQLA__GRADIENTS_THREADS);
+        mbarrier_init(&s.cleared, PRODUCERS);
         mbarrier_init(&s.second_full, 1);
-        mbarrier_init(&s.qk_free, 2 * WARPGROUP / WARP);
+        mbarrier_init(&s.qk_free, PRODUCERS_WARPS);
         mbarrier_init(&s.sent, 2);
-        mbarrier_init(&s.used, GRADIENTS_WARPS);
+        mbarrier_init(&s.used, USERS_WARPS);
         mbarrier_init(&s.scores_ready, WARPGROUP / WARP);
-        for (int i = 0; i < 2; i++) {
-            mbarrier_init(&s.first_full[i], 1);
-            mbarrier_init(&s.dots_ready[i], 2 * WARPGROUP / WARP);
+        for (int i = 0; i < 2; i++) mbarrier_init(&s.first_full[i], 1);
+        for (int i = 0; i < SUMS; i++) {
+            mbarrier_init(&s.sums_full[i], USERS_WARPS);
+            mbarrier_init(&s.sums_free[i], 1);
         }
         mbarrier_init_fence();
     }
@@ -65,22 +75,17 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
 
     const int items = count_items(f);
     if (items <= 0) return;
-    for (int item = thread / WARP; item < min(2, items); item += GRADIENTS_WARPS) {
-        const Place place = find_place(f, item, thread % WARP);
-        if (thread % WARP == 0) s.places[item] = place;
-    }
     __syncthreads();
-    if (thread == 0) {
-        load_chunk_rows(p, s, s.places[0]);
-        load_first(p, s, 0, items, 0, 0);
-        load_second(p, s, 0, items, 0);
-        load_first(p, s, 0, items, 1, 1);
-    }
-    __syncwarp();
 
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
-    if (role == SCORES) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)SCORES_REGISTERS));
+    if (role == HELPERS) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)HELPERS_REGISTERS));
+        const int warp = thread % WARPGROUP / WARP;
+        if (warp < DOTS_WARPS) run_dots(s, items * (f.heads_v / f.heads_qk), thread % WARPGROUP);
+        else if (warp == DOTS_WARPS) run_gates(p, s, items, thread % WARP);
+        else run_loads(p, s, items, thread % WARP);
+    } else if (role == SCORES) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)SCORES_REGISTERS));
         run_scores(p, s, items, thread % WARPGROUP);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)ROWS_REGISTERS));

@@ -55,6 +55,21 @@ static __device__ __forceinline__ void dot_rows(float (&dot)[2], const float (&d
     dot[1] = sum_quad(dot[1]);
 }
 
+/* A thread's share of <dS1, S0> over half of V: 16 bytes lie `threads` units apart. */
+template <int threads> static __device__ __forceinline__ float dot_states(const Tile *ds, const Tile *s, int thread) {
+    const uint4 *a = (const uint4 *)ds + thread, *b = (const uint4 *)s + thread;
+    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
+    for (int i = 0; i < (int)(2 * sizeof *ds / 16 / threads); i++) {
+        const uint4 x = a[i * threads], y = b[i * threads];
+        sums[0] = fmaf(low_element(x.x), low_element(y.x), fmaf(high_element(x.x), high_element(y.x), sums[0]));
+        sums[1] = fmaf(low_element(x.y), low_element(y.y), fmaf(high_element(x.y), high_element(y.y), sums[1]));
+        sums[2] = fmaf(low_element(x.z), low_element(y.z), fmaf(high_element(x.z), high_element(y.z), sums[2]));
+        sums[3] = fmaf(low_element(x.w), low_element(y.w), fmaf(high_element(x.w), high_element(y.w), sums[3]));
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
 /* sum += the rows of d times their factors; the factors times the rows' dots with `rows` go to `dots`. */
 static __device__ __forceinline__ void add_rows(float (&sum)[64], const float (&d)[64], float upper, float lower, const Tile *rows,
                                                 float *dots, float sign, int warp, int lane) {
@@ -130,23 +145,26 @@ static __device__ void run_queries(const fqla__backward_params &p, GradientsShar
     float dq[64], product[64];
     int n = 0, clears = 0;
     for (int item = 0; item < items; item++) {
-        const Place &place = s.places[item % PLACES];
-        if (place.valid < CHUNK) wait_rows(s, place, item, clears);
+        const Place &place = wait_place(s, item, n, clears);
 #pragma unroll
         for (int i = 0; i < 64; i++) dq[i] = 0.0f;
         for (int h = 0; h < heads; h++, n++) {
             const fqla__factors &factors = s.factors[n % 3];
+            HeadSums &sums = s.sums[n % SUMS];
             wait_second(s, place, n, clears);
             wgmma_fence();
             multiply_state(product, shared_units(s.second.dout), shared_units(s.second.s));
             wgmma_commit();
             const float upper = factors.o[row] * p.forward.scale, lower = factors.o[row + 8] * p.forward.scale;
+            const float states = sum_warp(dot_states<WARPGROUP>(s.first[n % 2].ds[0], s.second.s[0], thread));
+            wait_sums(s, n);
             mbarrier_wait(&s.qk_full, item % 2);
+            if (lane == 0) sums.states[warp] = states;
             wgmma_wait<0>();
             wgmma_settle(product);
             arrive_warp(&s.used, lane);
-            add_rows(dq, product, upper, lower, s.q, s.sums[n % 2].query, 1.0f, warp, lane);
-            arrive_warp(&s.dots_ready[n % 2], lane);
+            add_rows(dq, product, upper, lower, s.q, sums.query, 1.0f, warp, lane);
+            arrive_warp(&s.sums_full[n % SUMS], lane);
             mbarrier_wait(&s.scores_ready, n % 2);
             wgmma_fence();
             multiply_tokens(dq, shared_units(&s.dp), shared_units(s.k));
@@ -168,20 +186,20 @@ static __device__ void run_keys(const fqla__backward_params &p, GradientsShared 
     float dk[64], product[64];
     int n = 0, clears = 0;
     for (int item = 0; item < items; item++) {
-        const Place &place = s.places[item % PLACES];
-        if (place.valid < CHUNK) wait_rows(s, place, item, clears);
+        const Place &place = wait_place(s, item, n, clears);
 #pragma unroll
         for (int i = 0; i < 64; i++) dk[i] = 0.0f;
         for (int h = 0; h < heads; h++, n++) {
             const fqla__factors &factors = s.factors[n % 3];
             const FirstPart &first = s.first[n % 2];
-            HeadSums &sums = s.sums[n % 2];
+            HeadSums &sums = s.sums[n % SUMS];
             mbarrier_wait(&s.first_full[n % 2], n / 2 % 2);
             wgmma_fence();
             multiply_state(product, shared_units(first.vn), shared_units(first.ds));
             wgmma_commit();
             const float update[2] = {factors.update[row] * p.unit, factors.update[row + 8] * p.unit},
                         w[2] = {factors.w[row], factors.w[row + 8]};
+            wait_sums(s, n);
             mbarrier_wait(&s.qk_full, item % 2);
             wgmma_wait<0>();
             wgmma_settle(product);
@@ -195,7 +213,7 @@ static __device__ void run_keys(const fqla__backward_params &p, GradientsShared 
             wgmma_settle(product);
             arrive_warp(&s.used, lane);
             add_rows(dk, product, w[0], w[1], s.k, sums.key, -1.0f, warp, lane);
-            arrive_warp(&s.dots_ready[n % 2], lane);
+            arrive_warp(&s.sums_full[n % SUMS], lane);
 
             mbarrier_wait(&s.scores_ready, n % 2);
             wgmma_fence();

@@ -4,8 +4,11 @@
 
 #include "backward_common.h"
 
-enum { QUERIES, KEYS, SCORES, ROLES, GRADIENTS_WARPS = ROLES * WARPGROUP / WARP };
+enum { QUERIES, KEYS, SCORES, HELPERS, ROLES };
 static_assert(FQLA__GRADIENTS_THREADS == ROLES * WARPGROUP, "a warpgroup a role");
+enum { PRODUCERS = HELPERS * WARPGROUP, PRODUCERS_WARPS = PRODUCERS / WARP }; /* the three that multiply */
+/* HELPERS' warps: one finishes the gates, two help with <dS1, S0>, one loads. */
+enum { DOTS_WARPS = 2, USERS_WARPS = PRODUCERS_WARPS + DOTS_WARPS };
 
 /* An item of a block's work: a chunk of a q/k head. A block takes those of numbers blockIdx.x, blockIdx.x + gridDim.x ... */
 typedef struct Place {
@@ -15,7 +18,7 @@ typedef struct Place {
     int32_t head_qk;
 } Place;
 
-enum { PLACES = 4 };
+enum { PLACES = 8, SUMS = 3 };
 
 static __device__ __forceinline__ int count_items(const fqla__forward_params &f) {
     const int64_t items = f.table->chunks * f.heads_qk;
@@ -48,7 +51,10 @@ typedef struct SecondPart {
     Tile dout[2], dw[2];
 } SecondPart;
 
-/* Of a step: a v-head of a chunk; odd and even ones apart. */
+/* beta^2 is an exact enough divisor from here on in either 16-bit type. */
+#define LEAST_BETA 0.000244140625f
+
+/* Of a step: a v-head of a chunk. */
 typedef struct HeadSums {
     float query[CHUNK];      /* scale o_i q_i . (dO S0^T)_i, by QUERIES */
     float update[CHUNK];     /* H_i = update_i k_i . (Vn dS1^T)_i, by KEYS */
@@ -57,7 +63,7 @@ typedef struct HeadSums {
     float column[4][CHUNK];  /* sum_{i>j} Z_ij, by rows' blocks */
     float diagonal[CHUNK];   /* (dW Vn^T)_jj */
     float tiny[CHUNK];       /* dbeta of tokens whose beta is too small to divide by */
-    float states[4];         /* <dS1, S0>, a warp's share */
+    float states[6];         /* <dS1, S0>, a warp's share: QUERIES', HELPERS' */
 } HeadSums;
 
 typedef struct __align__(1024) GradientsShared {
@@ -66,18 +72,20 @@ typedef struct __align__(1024) GradientsShared {
     SecondPart second;          /*                                      64 KB */
     Tile dp, m;                 /* dP, and dKK below its diagonal       16 KB */
     fqla__factors factors[3];   /* step n in n % 3                     4.6 KB */
-    HeadSums sums[2];
+    HeadSums sums[SUMS];        /* step n in n % 3                       8 KB */
     float square_q[CHUNK], square_k[CHUNK]; /* rq_i^2, r_i^2; with l2norm alone, as the next */
     float ratio[CHUNK];         /* r_i / rq_i */
     float tiny_n[CHUNK], tiny_p[CHUNK], tiny_sum[4];
-    Place places[PLACES];       /* item i in i % 4, two items ahead */
-    uint64_t qk_full, first_full[2], second_full; /* copy engine -> all */
-    uint64_t cleared;           /* all -> all: the rows past a sequence's end are zeros */
-    uint64_t qk_free;           /* QUERIES, KEYS -> SCORES: q and k may be overwritten */
-    uint64_t sent;              /* QUERIES, KEYS -> SCORES: dq and dk have left first */
-    uint64_t used; /* all -> SCORES: the step's first and second part may be overwritten, and dp, m of the step before */
+    Place places[PLACES];       /* item i in i % 8: two items ahead, and HELPERS up to three steps behind */
+    uint64_t qk_full, first_full[2], second_full; /* copy engine -> producers, HELPERS */
+    uint64_t cleared;           /* producers -> producers: the rows past a sequence's end are zeros */
+    uint64_t qk_free;           /* producers -> HELPERS: q and k may be overwritten */
+    uint64_t sent;              /* QUERIES, KEYS -> HELPERS: dq and dk have left first */
+    uint64_t used;              /* producers, HELPERS -> HELPERS: the step's first and second part may be overwritten;
+                                   -> SCORES: dp, m of the step before */
     uint64_t scores_ready;      /* SCORES -> QUERIES, KEYS: dp, m */
-    uint64_t dots_ready[2];     /* QUERIES, KEYS -> SCORES: their sums */
+    uint64_t sums_full[SUMS];   /* producers, HELPERS -> HELPERS */
+    uint64_t sums_free[SUMS];   /* HELPERS -> producers, HELPERS */
 } GradientsShared;
 
 static_assert(sizeof(GradientsShared) == FQLA__GRADIENTS_SHARED_BYTES, "what the host asks for");
@@ -85,7 +93,13 @@ static_assert(sizeof(GradientsShared) <= 227 * 1024, "what a block can have");
 static_assert(sizeof(FirstPart) == sizeof(((fqla__chunk_states *)0)->ds) + sizeof(((fqla__chunk_states *)0)->vn),
               "copied as it is");
 
-/* Rows have been made zeros, by everybody; the role's `clears`-th time. */
+static __device__ __forceinline__ float sum_warp(float value) {
+#pragma unroll
+    for (int step = WARP / 2; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+    return value;
+}
+
+/* Rows have been made zeros, by every producer; the role's `clears`-th time. */
 static __device__ __forceinline__ void meet_cleared(GradientsShared &s, int &clears) {
     fence_proxy_async();
     mbarrier_arrive(&s.cleared);
@@ -93,13 +107,18 @@ static __device__ __forceinline__ void meet_cleared(GradientsShared &s, int &cle
     __syncwarp();
 }
 
-/* Wait for an item's q and k; rows past the end are made zeros, by everybody, before anything else of such an item. */
-static __device__ __forceinline__ void wait_rows(GradientsShared &s, const Place &place, int item, int &clears) {
-    mbarrier_wait(&s.qk_full, item % 2);
+/* An item's place, which is there with the first part of its first step, n. Rows past the end of q and k are made zeros, by every
+   producer, before anything else of such an item. */
+static __device__ __forceinline__ const Place &wait_place(GradientsShared &s, int item, int n, int &clears) {
+    const Place &place = s.places[item % PLACES];
+    mbarrier_wait(&s.first_full[n % 2], n / 2 % 2);
     if (place.valid < CHUNK) {
-        for (int i = 0; i < 4; i++) clear_tile_rows(&s.q[0] + i, place.valid, (int)threadIdx.x, FQLA__GRADIENTS_THREADS); /* q, k */
+        mbarrier_wait(&s.qk_full, item % 2);
+        for (int i = 0; i < 4; i++) clear_tile_rows(&s.q[0] + i, place.valid, (int)threadIdx.x, PRODUCERS); /* q, k */
         meet_cleared(s, clears);
     }
+    __syncwarp();
+    return place;
 }
 
 /* Wait for a step's loads, the same. */
@@ -108,9 +127,15 @@ static __device__ __forceinline__ void wait_second(GradientsShared &s, const Pla
     mbarrier_wait(&s.second_full, n % 2);
     if (place.valid < CHUNK) {
         for (int i = 0; i < 4; i++)
-            clear_tile_rows(&s.second.dout[0] + i, place.valid, (int)threadIdx.x, FQLA__GRADIENTS_THREADS); /* dout, dw */
+            clear_tile_rows(&s.second.dout[0] + i, place.valid, (int)threadIdx.x, PRODUCERS); /* dout, dw */
         meet_cleared(s, clears);
     }
+}
+
+/* Before a producer leaves sums of step n: those of step n - 3 have been taken. */
+static __device__ __forceinline__ void wait_sums(GradientsShared &s, int n) {
+    if (n >= SUMS) mbarrier_wait(&s.sums_free[n % SUMS], (n / SUMS - 1) % 2);
+    __syncwarp();
 }
 
 #endif

@@ -18,8 +18,8 @@ enum {
     FQLA__CHAINS_SHARED_BYTES = 227328,  /* ChainShared in ptx/backward_chain_shared.h */
     FQLA__BACKWARD_SCAN_THREADS = 128,   /* a warpgroup that owns 64 state columns */
     FQLA__BACKWARD_SCAN_SHARED_BYTES = 197632, /* ScanShared in ptx/backward_scan.cu */
-    FQLA__GRADIENTS_THREADS = 384,       /* a warpgroup for dq, one for dk, one for the chunk's 64 x 64 matrices and the gates */
-    FQLA__GRADIENTS_SHARED_BYTES = 225280, /* GradientsShared in ptx/backward_shared.h */
+    FQLA__GRADIENTS_THREADS = 512,       /* a warpgroup for dq, one for dk, one for the 64 x 64 matrices, one for loads and gates */
+    FQLA__GRADIENTS_SHARED_BYTES = 227328, /* GradientsShared in ptx/backward_shared.h */
     FQLA__SUMS_THREADS = 256
 };
 

@@ -1,0 +1,78 @@
+/* The loads of backward_gradients, by a warp of its own, so that no producer waits for a place: it finds out where items lie, two
+   ahead, and one thread has the copy engine bring what the producers have made room for. */
+#ifndef FLASHQLA_BACKWARD_LOADS_H
+#define FLASHQLA_BACKWARD_LOADS_H
+
+#include "backward_shared.h"
+
+/* Step n's first part, where there is such a step: v-head h of an item, h counted on into the next. */
+static __device__ __forceinline__ void load_first(const fqla__backward_params &p, GradientsShared &s, int item, int items, int h,
+                                                  int n) {
+    const int heads = p.forward.heads_v / p.forward.heads_qk;
+    if (h >= heads) h -= heads, item++;
+    if (item >= items) return;
+    const Place &place = s.places[item % PLACES];
+    const int64_t entry = place.number * p.forward.heads_v + group_head(p.forward, place.head_qk, h);
+    uint64_t *full = &s.first_full[n % 2];
+    mbarrier_arrive_expect(full, sizeof(FirstPart) + sizeof(fqla__factors));
+    bulk_load(&s.first[n % 2], p.chunks[entry].ds, sizeof(FirstPart), full);
+    bulk_load(&s.factors[n % 3], &p.forward.prepared[entry].factors, sizeof(fqla__factors), full);
+}
+
+/* Its second. */
+static __device__ __forceinline__ void load_second(const fqla__backward_params &p, GradientsShared &s, int item, int items, int h) {
+    const int heads = p.forward.heads_v / p.forward.heads_qk;
+    if (h >= heads) h -= heads, item++;
+    if (item >= items) return;
+    const Place &place = s.places[item % PLACES];
+    const int head = group_head(p.forward, place.head_qk, h);
+    mbarrier_arrive_expect(&s.second_full, sizeof(SecondPart));
+    bulk_load(s.second.s, p.chunks[place.number * p.forward.heads_v + head].s, sizeof s.second.s, &s.second_full);
+    for (int half = 0; half < 2; half++) {
+        tma_load(&s.second.dout[half], &p.forward.o, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, head, &s.second_full);
+        tma_load(&s.second.dw[half], &p.dv, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, head, &s.second_full);
+    }
+}
+
+static __device__ __forceinline__ void load_chunk_rows(const fqla__backward_params &p, GradientsShared &s, const Place &place) {
+    mbarrier_arrive_expect(&s.qk_full, sizeof s.q + sizeof s.k);
+    for (int half = 0; half < 2; half++) {
+        tma_load(&s.q[half], &p.forward.q, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &s.qk_full);
+        tma_load(&s.k[half], &p.forward.k, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &s.qk_full);
+    }
+}
+
+static __device__ __forceinline__ void find_item(const fqla__forward_params &f, GradientsShared &s, int item, int items, int lane) {
+    if (item >= items) return;
+    const Place place = find_place(f, item, lane);
+    if (lane == 0) s.places[item % PLACES] = place;
+    __syncwarp();
+}
+
+static __device__ void run_loads(const fqla__backward_params &p, GradientsShared &s, int items, int lane) {
+    const int heads = p.forward.heads_v / p.forward.heads_qk;
+    find_item(p.forward, s, 0, items, lane);
+    find_item(p.forward, s, 1, items, lane);
+    if (lane == 0) {
+        load_chunk_rows(p, s, s.places[0]);
+        load_first(p, s, 0, items, 0, 0);
+        load_second(p, s, 0, items, 0);
+        load_first(p, s, 0, items, 1, 1);
+    }
+    for (int item = 0, n = 0; item < items; item++) {
+        __syncwarp();
+        find_item(p.forward, s, item + 2, items, lane);
+        if (lane > 0) continue;
+        for (int h = 0; h < heads; h++, n++) {
+            mbarrier_wait(&s.used, n % 2);
+            load_second(p, s, item, items, h + 1);
+            if (h + 1 < heads) load_first(p, s, item, items, h + 2, n + 2);
+        }
+        mbarrier_wait(&s.qk_free, item % 2);
+        if (item + 1 < items) load_chunk_rows(p, s, s.places[(item + 1) % PLACES]);
+        mbarrier_wait(&s.sent, item % 2); /* dq and dk leave by way of the place of the last step's first part */
+        load_first(p, s, item + 1, items, 1, n + 1);
+    }
+}
+
+#endif
