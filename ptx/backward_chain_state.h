@@ -37,13 +37,20 @@ static __device__ __forceinline__ void store_transition(const float (&state)[64]
         }
 }
 
-/* What the chain starts from. given: h0 or dht. */
+/* Where h0, dht or dh0 lies, whose columns begin at first_v; `carried`: one of p.carried. */
+static __device__ __forceinline__ StatePlace given_place(const fqla__backward_params &p, int32_t carried, int first_v, int thread) {
+    StatePlace place = state_place(p.forward, first_v, thread);
+    if (p.carried & carried) place.bf16 = false;
+    return place;
+}
+
+/* What the chain starts from. given: h0 or dht, one of p.carried or not. */
 static __device__ __forceinline__ void start_state(const fqla__backward_params &p, const Chain &c, float (&state)[64],
-                                                   const void *given, const fqla__kept_state *kept, int thread) {
+                                                   const void *given, int32_t carried, const fqla__kept_state *kept, int thread) {
     if (c.from == FROM_KEPT) {
         load_kept(state, &kept[c.segment.kept * p.forward.heads_v + c.segment.head], c.half, thread);
     } else if (c.from == FROM_GIVEN && given) {
-        load_state(state, given, c.entry, state_place(p.forward, c.half * STATE_COLUMNS, thread));
+        load_state(state, given, c.entry, given_place(p, carried, c.half * STATE_COLUMNS, thread));
     } else {
         const int row = c.half * STATE_COLUMNS + thread / WARP * 16 + thread % WARP / 4, column = thread % 4 * 2;
         const float diagonal = c.from == FROM_IDENTITY ? 1.0f : 0.0f;
@@ -62,7 +69,7 @@ static __device__ void run_states(const fqla__backward_params &p, ChainShared &s
     float state[64], ks[32];
     uint32_t state16[32], w16[16], update16[16];
 
-    start_state(p, c, state, p.forward.h0, p.forward.states, thread);
+    start_state(p, c, state, p.forward.h0, FQLA__CARRIED_H0, p.forward.states, thread);
     wait_chunk(s, ring, 0, numbers);
     for (int number = 0; number < numbers; number++) {
         const uint32_t units = first_slot + ring.slot * (sizeof(StatesSlot) / 16);
@@ -109,6 +116,10 @@ static __device__ void run_states(const fqla__backward_params &p, ChainShared &s
         const int64_t kept = c.segment.kept * p.forward.heads_v + c.segment.head;
         if (c.way == TRANSITION) store_transition(state, &p.forward.transitions[kept], c.half, warp, lane);
         else store_kept(state, &p.forward.states[kept], c.half, thread);
+    } else if (c.carries) {
+        StatePlace to = state_place(p.forward, c.half * STATE_COLUMNS, thread);
+        to.bf16 = false;
+        store_state(state, p.carry, c.entry, to);
     }
 }
 
@@ -204,7 +215,7 @@ static __device__ void run_gradients(const fqla__backward_params &p, ChainShared
     float state[64], ks[32], po[32];
     uint32_t state16[32], do16[16], left16[16];
 
-    start_state(p, c, state, p.dht, p.gradients, thread);
+    start_state(p, c, state, p.dht, FQLA__CARRIED_DHT, p.gradients, thread);
     if (c.from == FROM_GIVEN) scale_state(state, p.per_unit);
     wait_chunk(s, ring, 0, numbers);
     for (int number = 0; number < numbers; number++) {
@@ -278,7 +289,7 @@ static __device__ void run_gradients(const fqla__backward_params &p, ChainShared
             wgmma_settle(state);
         }
         scale_state(state, p.unit);
-        store_state(state, p.dh0, c.entry, state_place(p.forward, c.half * STATE_COLUMNS, thread));
+        store_state(state, p.dh0, c.entry, given_place(p, FQLA__CARRIED_DH0, c.half * STATE_COLUMNS, thread));
     }
 }
 

@@ -9,7 +9,10 @@
        first pass      S_loc, the segment's last state from zero (from h0 in the first segment; a warm one needs no more)
                        dS_loc, likewise backwards, from dht
                        M, the transition, where one of the two will be carried over the segment: S = M S_in + S_loc, and
-                       dS_in = M^T dS + dS_loc */
+                       dS_in = M^T dS + dS_loc
+
+   A low_memory plan gives parts of a sequence one by one, each as a sequence of its own: h0, dht and dh0 are then states that one part
+   hands to another, and the passes over the states run once before, alone, for nothing but the parts' last states (p.carry). */
 #ifndef FLASHQLA_BACKWARD_SEGMENT_H
 #define FLASHQLA_BACKWARD_SEGMENT_H
 
@@ -30,6 +33,7 @@ typedef struct Chain {
     int32_t silent;   /* the first so many leave nothing: a warm-up, or all of the first pass */
     int32_t part;     /* the number of the chunk that is not whole, else -1 */
     int32_t keeps;    /* first pass: where it ends goes to the workspace */
+    int32_t carries;  /* where it ends goes to the next part of its sequence */
 } Chain;
 
 static __device__ __forceinline__ int chunk_of(const Chain &c, int number) {
@@ -48,10 +52,11 @@ static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p
                                                   Chain *c) {
     const fqla__forward_params &f = p.forward;
     const bool first_pass = p.first_pass != 0;
-    const uint32_t of_a_way = blocks / (first_pass ? WAYS : 2), rest = block % of_a_way, parts = (uint32_t)f.heads_v * HALVES;
+    const bool carries = p.carry != NULL;
+    const uint32_t of_a_way = blocks / (first_pass ? WAYS : carries ? 1 : 2), rest = block % of_a_way, parts = (uint32_t)f.heads_v * HALVES;
     const int64_t number = rest / parts;
     Segment &segment = c->segment;
-    c->way = block / of_a_way == 0 ? GRADIENTS : block / of_a_way == 1 ? STATES : TRANSITION; /* those that take longest first */
+    c->way = carries ? STATES : block / of_a_way == 0 ? GRADIENTS : block / of_a_way == 1 ? STATES : TRANSITION; /* those that take longest first */
     c->half = (int32_t)(rest % HALVES);
     if (number >= (first_pass ? f.table->kept : f.table->segments)) return false;
     find_segment(f, number, (int)(rest % parts / HALVES), false, &segment);
@@ -59,6 +64,7 @@ static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p
     const fqla__device_segment *segments = (const fqla__device_segment *)(sequences + f.table->num_seqs);
     c->entry = segments[number].sequence * (int64_t)f.heads_v + segment.head;
     c->keeps = first_pass;
+    c->carries = carries;
 
     const bool is_first = segment.index == 0, is_last = segment.index == segment.segments - 1;
     int warm = 0;
@@ -85,7 +91,7 @@ static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p
         c->start = segment.first - warm;
         c->numbers = segment.end - c->start;
     }
-    c->silent = first_pass ? c->numbers : warm;
+    c->silent = first_pass || carries ? c->numbers : warm;
     const int part = segment.len / CHUNK, part_number = c->way == GRADIENTS ? c->start - part : part - c->start;
     c->part = segment.len % CHUNK > 0 && part_number >= 0 && part_number < c->numbers ? part_number : -1;
     return true;

@@ -377,6 +377,9 @@ typedef struct fqla_plan_desc {
     int32_t checkpoint_every;     /* chunks of 64 tokens between checkpoints; 0: none */
     int32_t backward;             /* 1: fqla_backward will be called too. Refused with FQLA_GATE_LINEAR and with a pool */
     int32_t external_workspace;   /* 1: the plan owns no workspace, every run brings one */
+    int32_t low_memory;           /* CUDA, with backward: 1: fqla_backward goes through the tokens in windows, so that its workspace grows
+                                     with the square root of a sequence's length and no more, and goes over the states twice. Such a
+                                     plan keeps its lengths (no fqla_plan_update), and fqla_forward needs residuals. CPU: no effect */
 } fqla_plan_desc;
 
 typedef struct fqla_plan_summary {

@@ -20,7 +20,8 @@ enum {
     FQLA__BACKWARD_SCAN_SHARED_BYTES = 197632, /* ScanShared in ptx/backward_scan.cu */
     FQLA__GRADIENTS_THREADS = 512,       /* a warpgroup for dq, one for dk, one for the 64 x 64 matrices, one for loads and gates */
     FQLA__GRADIENTS_SHARED_BYTES = 227328, /* GradientsShared in ptx/backward_shared.h */
-    FQLA__SUMS_THREADS = 256
+    FQLA__SUMS_THREADS = 256,
+    FQLA__CARRIED_H0 = 1, FQLA__CARRIED_DHT = 2, FQLA__CARRIED_DH0 = 4 /* float32 whatever the plan's states are */
 };
 
 /* The parameters of a backward's kernels, by value. In the order in which they run:
@@ -29,7 +30,9 @@ enum {
    backward_scan        grid kept segments * heads_v * 2 * 2, of which a sequence's first work    } sequences
    backward_chains      grid segments * heads_v * 2 halves of V * 2: the reverse recurrences, then the passes over the states
    backward_gradients   grid multiprocessors, or chunks * heads_qk where those are fewer
-   backward_sums        grid heads_v; with the raw gates alone */
+   backward_sums        grid heads_v; with the raw gates alone
+   In a low_memory plan a table describes a window of sequences or a part of one, and these run window by window
+   (cuda_windows.h); where a part's first states are wanted, backward_chains with `carry`: grid segments * heads_v * 2 halves of V. */
 typedef struct fqla__backward_params {
     fqla__forward_params forward; /* the forward's, but its table is the backward's; o: the map of do; ht is not used */
     fqla__tensor_map dq, dk, dv;
@@ -45,7 +48,10 @@ typedef struct fqla__backward_params {
     int64_t k_token, k_head, v_token, v_head;
     float unit, per_unit, power;  /* scale = unit * power, a power of two; 1 <= |unit| < 2; per_unit = 1 / unit */
     int32_t first_pass;           /* kernel backward_chains: the first pass over cut sequences */
-    float padding[10];            /* to the size that the kernels take: a multiple of a map's alignment */
+    int32_t carried;              /* of h0, dht, dh0 those that one part of a sequence hands to another: FQLA__CARRIED_... */
+    float padding;
+    void *carry;                  /* kernel backward_chains: the passes over the states alone, whose last states go here; else NULL */
+    float rest[6];                /* to the size that the kernels take: a multiple of a map's alignment */
 } fqla__backward_params;
 
 #ifdef __CUDACC__

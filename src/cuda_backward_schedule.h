@@ -73,7 +73,7 @@ static void fqla__choose_backward_schedule(const fqla_plan *plan, fqla__schedule
     int pass;
     memset(schedule, 0, sizeof *schedule);
     schedule->v_split = 2;
-    if (!d->backward || d->segment_chunks < 0) return;
+    if (!d->backward || d->low_memory || d->segment_chunks < 0) return;
     if (extra > most_chunks / FQLA__LEAST_SEGMENT) extra = most_chunks / FQLA__LEAST_SEGMENT;
     if (d->segment_chunks > 0) extra = most_chunks / d->segment_chunks;
     schedule->extra_segments = (int32_t)extra;

@@ -166,6 +166,7 @@ typedef struct fqla__schedule {
 typedef struct fqla__cuda_plan {
     fqla__cuda_address table;
     size_t backward_table; /* bytes from the first to the second */
+    size_t window_tables;  /* and to those of a low_memory plan's windows (cuda_windows.h) */
     fqla__device_table *staging;
     fqla__schedule schedule, backward;
 } fqla__cuda_plan;

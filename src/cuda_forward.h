@@ -1,9 +1,4 @@
-// >>cuda_forward: a plan's table on the device, and the launches of a forward or a one-token decode
-
-/* Bytes of the table of num_seqs sequences and so many segments. */
-static size_t fqla__cuda_table_size(int64_t num_seqs, int64_t segments) {
-    return sizeof(fqla__device_table) + (size_t)num_seqs * sizeof(fqla__device_sequence) + (size_t)segments * sizeof(fqla__device_segment);
-}
+// >>cuda_forward: the workspace, and the launches of a forward or a one-token decode
 
 /* The most chunks that a forward or a decode of this plan can have: every sequence may end in a part of one. */
 static int64_t fqla__cuda_max_chunks(const fqla_plan_desc *desc) {
@@ -16,54 +11,6 @@ static int64_t fqla__cuda_max_segments(const fqla_plan *plan) { return (int64_t)
 static int64_t fqla__cuda_max_kept(const fqla_plan *plan) {
     const int64_t extra = plan->cuda.schedule.extra_segments;
     return extra + (extra < plan->desc.max_seqs ? extra : plan->desc.max_seqs);
-}
-
-/* The longer sequence first, of equals the first. While it is sorted an entry's index is its sequence's length. */
-static int fqla__compare_segments(const void *a, const void *b) {
-    const fqla__device_segment *x = (const fqla__device_segment *)a, *y = (const fqla__device_segment *)b;
-    if (x->index != y->index) return x->index > y->index ? -1 : 1;
-    return x->sequence < y->sequence ? -1 : 1;
-}
-
-/* Put the table of these sequences together; its bytes. cu_seqlens NULL: all have padded_len tokens. */
-static size_t fqla__cuda_fill_table(const fqla_plan *plan, fqla__device_table *table, int32_t num_seqs, const int32_t *cu_seqlens,
-                                    int32_t segment_chunks) {
-    const fqla_plan_desc *d = &plan->desc;
-    const int64_t every = (int64_t)FLASHQLA_CHUNK * d->checkpoint_every;
-    fqla__device_sequence *sequences = (fqla__device_sequence *)(table + 1), *sequence;
-    fqla__device_segment *segments = (fqla__device_segment *)(sequences + num_seqs);
-    int64_t snapshot = 0, chunk = 0, count = 0, length, first;
-    int32_t n;
-    for (n = 0; n < num_seqs; n++) {
-        sequence = &sequences[n];
-        sequence->len = cu_seqlens != NULL ? cu_seqlens[n + 1] - cu_seqlens[n] : d->padded_len;
-        sequence->row = d->padded_len > 0 ? (int64_t)n * d->padded_len : cu_seqlens[n];
-        sequence->chunk = chunk;
-        sequence->snapshot = snapshot;
-        sequence->kept = -1;
-        length = fqla__ceil_div(sequence->len, FLASHQLA_CHUNK);
-        chunk += length;
-        snapshot += every > 0 ? sequence->len / every : 0;
-        if (segment_chunks == 0 || length <= segment_chunks) continue;
-        sequence->kept = count;
-        for (first = 0; first < length; first += segment_chunks) {
-            segments[count].sequence = n;
-            segments[count++].index = (int32_t)(first / segment_chunks);
-        }
-    }
-    table->num_seqs = num_seqs;
-    table->chunks = chunk;
-    table->kept = count;
-    table->segment_chunks = segment_chunks;
-    for (n = 0; n < num_seqs; n++)
-        if (sequences[n].kept < 0) {
-            segments[count].sequence = n;
-            segments[count++].index = (int32_t)sequences[n].len;
-        }
-    table->segments = count;
-    qsort(segments + table->kept, (size_t)(count - table->kept), sizeof *segments, fqla__compare_segments);
-    for (first = table->kept; first < count; first++) segments[first].index = 0;
-    return fqla__cuda_table_size(num_seqs, count);
 }
 
 /* Choose where to cut the sequences of these lengths, and send the tables that follow from it to the device. The driver has read
@@ -83,6 +30,7 @@ static fqla_status fqla__cuda_send_tables(const fqla_plan *plan, const char *fun
         bytes += fqla__cuda_fill_table(plan, (fqla__device_table *)(void *)((char *)plan->cuda.staging + bytes), num_seqs, cu_seqlens,
                                        backward->segment_chunks);
     }
+    if (plan->desc.low_memory) bytes = fqla__fill_windows(plan, plan->cuda.staging);
     return fqla__cuda_check(plan->context, function, "cuMemcpyHtoDAsync",
                             plan->context->cuda.driver.cuMemcpyHtoDAsync_v2(plan->cuda.table, plan->cuda.staging, bytes, stream));
 }
@@ -105,7 +53,7 @@ static fqla_status fqla__cuda_check_limits(const fqla_plan *plan) {
     return FQLA_OK;
 }
 
-/* The workspace: what prepare makes of every chunk, then the states and transitions of cut sequences' segments. */
+/* The workspace: what prepare makes of every chunk (in a low_memory plan a forward's goes to its residuals), then the states and transitions of cut sequences' segments. */
 typedef struct fqla__cuda_layout {
     size_t states, transitions, bytes; /* where they start; all of it */
 } fqla__cuda_layout;
@@ -113,7 +61,8 @@ typedef struct fqla__cuda_layout {
 static fqla__cuda_layout fqla__cuda_workspace(const fqla_plan *plan) {
     const size_t heads = (size_t)plan->desc.heads_v, kept = (size_t)fqla__cuda_max_kept(plan) * heads;
     fqla__cuda_layout layout;
-    layout.states = (size_t)fqla__round_up(fqla__cuda_max_chunks(&plan->desc) * plan->desc.heads_v * (int64_t)sizeof(fqla__prepared_chunk), FQLA__ALIGNMENT);
+    const int64_t chunks = plan->desc.low_memory ? plan->desc.max_seqs : fqla__cuda_max_chunks(&plan->desc); /* a decode's, or all */
+    layout.states = (size_t)fqla__round_up(chunks * plan->desc.heads_v * (int64_t)sizeof(fqla__prepared_chunk), FQLA__ALIGNMENT);
     layout.transitions = layout.states + kept * sizeof(fqla__kept_state);
     layout.bytes = layout.transitions + kept * sizeof(fqla__kept_transition);
     return layout;
@@ -135,6 +84,8 @@ static fqla_status fqla__cuda_plan_create(fqla_plan *plan) {
     bytes = plan->cuda.backward_table = fqla__cuda_table_size(plan->desc.max_seqs, fqla__cuda_max_segments(plan));
     if (plan->desc.backward)
         bytes += fqla__cuda_table_size(plan->desc.max_seqs, (int64_t)plan->desc.max_seqs + plan->cuda.backward.extra_segments);
+    plan->cuda.window_tables = bytes;
+    if (plan->desc.low_memory) bytes = fqla__measure_windows(plan).tables;
     plan->cuda.staging = (fqla__device_table *)fqla__host_alloc(&context->desc, bytes);
     if (plan->cuda.staging == NULL)
         return fqla__fail(&context->desc, FQLA_ERROR_OUT_OF_MEMORY, "%s: no memory for the tables of %d sequences", function,
@@ -166,7 +117,11 @@ static void fqla__cuda_plan_destroy(fqla_plan *plan) {
 static fqla_status fqla__cuda_plan_update(fqla_plan *plan, int32_t num_seqs, const int32_t *cu_seqlens, fqla_stream stream) {
     const char *function = "fqla_plan_update";
     fqla__schedule schedule = plan->cuda.schedule, backward = plan->cuda.backward;
-    fqla_status status = fqla__cuda_enter(plan->context, function);
+    fqla_status status;
+    if (plan->desc.low_memory)
+        return fqla__fail(&plan->context->desc, FQLA_ERROR_UNSUPPORTED, "%s: plan_desc.low_memory is 1; on CUDA such a plan keeps its lengths",
+                          function);
+    status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     status = fqla__cuda_check_live_stream(plan->context, function, stream);
     if (status == FQLA_OK) status = fqla__cuda_send_tables(plan, function, num_seqs, cu_seqlens, &schedule, &backward, stream);
@@ -309,7 +264,11 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     const int64_t chunks = decode ? d->max_seqs : fqla__cuda_max_chunks(d), heads = d->heads_v;
     const int64_t segments = decode ? d->max_seqs : fqla__cuda_max_segments(plan), kept = fqla__cuda_max_kept(plan);
     fqla__forward_params p;
-    fqla_status status = fqla__cuda_enter(plan->context, function);
+    fqla_status status;
+    if (d->low_memory && !decode && run->residuals == NULL)
+        return fqla__fail(&plan->context->desc, FQLA_ERROR_NULL_POINTER,
+                          "%s: forward_args.residuals is NULL; with plan_desc.low_memory the workspace has no room for them", function);
+    status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     fqla__cuda_forward_params(run, &p);
     if ((status = fqla__cuda_check_stream(plan->context, function, stream)) == FQLA_OK &&

@@ -32,6 +32,8 @@
 #include "cuda_device.h"
 #include "cuda_schedule.h"
 #include "cuda_backward_schedule.h"
+#include "cuda_table.h"
+#include "cuda_windows.h"
 #include "cuda_forward.h"
 #include "cuda_backward.h"
 #else

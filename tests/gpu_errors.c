@@ -20,7 +20,7 @@ static const double bars[TENSORS] = { [O] = 3.5e-3, [HT] = 1.9e-3, [DQ] = 3.9e-3
 /* A schedule: the plan's, and whether the backward is given what a forward has left. */
 typedef struct way {
     int32_t v_split, segment_chunks;
-    bool residuals;
+    bool residuals, low_memory;
 } way;
 
 static int ascending(const void *a, const void *b) {
@@ -44,8 +44,10 @@ static bool measure(const problem *problems, way w) {
     fqla_plan_summary summary;
     bool ok = true;
     int seed, t;
-    const fqla_status status = problem_plan(problems, w.v_split, w.segment_chunks, &plan);
-    printf("%-6s %7d %14d ", gate_kinds[problems->gates], (int)w.v_split, (int)w.segment_chunks);
+    const fqla_status status = problem_plan(problems, w.v_split, w.segment_chunks, w.low_memory, &plan);
+    printf("%-6s %7d ", gate_kinds[problems->gates], (int)w.v_split);
+    if (w.low_memory) printf("%14s ", "low memory");
+    else printf("%14d ", (int)w.segment_chunks);
     if (backward) printf("%9s ", w.residuals ? "given" : "none");
     if (status == FQLA_ERROR_INVALID_SIZE) {
         printf("refused: %s\n", test_shared_host.message);
@@ -73,11 +75,11 @@ static bool measure(const problem *problems, way w) {
     return ok;
 }
 
-static void print_head(int32_t num_seqs, const int32_t *lens, bool backward) {
+static void print_head(int32_t heads_v, int32_t num_seqs, const int32_t *lens, bool backward) {
     const int first = backward ? FIRST_GRADIENT : FIRST_OUTPUT, end = backward ? TENSORS : FIRST_GRADIENT;
     int32_t n;
     int t;
-    printf("%s, heads 2/4, lengths", backward ? "backward, h0 and dht given" : "forward, h0 given");
+    printf("%s, heads 2/%d, lengths", backward ? "backward, h0 and dht given" : "forward, h0 given", (int)heads_v);
     for (n = 0; n < num_seqs; n++) printf("%c%d", n == 0 ? ' ' : ',', (int)lens[n]);
     printf(", median of %d seeds; * over its bar\ngates  v_split segment_chunks %ssegments", SEEDS, backward ? "residuals " : "");
     for (t = first; t < end; t++) printf("  %-9s", problem_names[t]);
@@ -87,26 +89,27 @@ static void print_head(int32_t num_seqs, const int32_t *lens, bool backward) {
 }
 
 /* Sequences of one layout with some gates, cut in some ways; both lists end with GATES or 0. */
-static bool table(int32_t num_seqs, const int32_t *lens, bool backward, const gate_kind *some_gates, const int32_t *cuts) {
+enum { LOW_MEMORY = -2 };
+static bool table(int32_t heads_v, int32_t num_seqs, const int32_t *lens, bool backward, const gate_kind *some_gates, const int32_t *cuts) {
     double oracle_seconds = 0.0;
     const double start = seconds();
     bool ok = true;
-    print_head(num_seqs, lens, backward);
+    print_head(heads_v, num_seqs, lens, backward);
     for (; *some_gates != GATES; some_gates++) {
         problem problems[SEEDS];
         int seed, cut;
         int32_t v_split, residuals;
         for (seed = 0; seed < SEEDS; seed++)
-            problems[seed] = problem_make(2, 4, num_seqs, lens, *some_gates, (uint64_t)(100 * *some_gates) + (uint64_t)seed + 1,
+            problems[seed] = problem_make(2, heads_v, num_seqs, lens, *some_gates, (uint64_t)(100 * *some_gates) + (uint64_t)seed + 1,
                                           backward);
         oracle_seconds += problems_expect(problems, SEEDS); /* once for all schedules */
         for (seed = 0; seed < SEEDS; seed++) problem_upload(&problems[seed]);
-        if (!test_on_cuda()) ok = measure(problems, (way){ 0, 0, false }) && ok;
+        if (!test_on_cuda()) ok = measure(problems, (way){ 0, 0, false, false }) && ok;
         for (cut = 0; test_on_cuda() && cuts[cut] != 0; cut++) {
             for (v_split = 1; !backward && v_split <= 2; v_split++)
-                ok = measure(problems, (way){ v_split, cuts[cut], false }) && ok;
+                ok = measure(problems, (way){ v_split, cuts[cut], false, false }) && ok;
             for (residuals = 0; backward && residuals <= 1; residuals++)
-                ok = measure(problems, (way){ 0, cuts[cut], residuals != 0 }) && ok;
+                ok = measure(problems, (way){ 0, cuts[cut] == LOW_MEMORY ? 0 : cuts[cut], residuals != 0, cuts[cut] == LOW_MEMORY }) && ok;
         }
         for (seed = 0; seed < SEEDS; seed++) problem_free(&problems[seed]);
     }
@@ -119,13 +122,18 @@ static const int32_t lens[5] = { 1024, 513, 64, 1, 200 }, cuts[] = { -1, 1, 2, 4
 
 static bool forward_errors(void) {
     static const gate_kind two[] = { ZERO, MIXED, GATES };
-    const bool ok = table(5, lens, false, all_gates, cuts);
+    const bool ok = table(4, 5, lens, false, all_gates, cuts);
     printf("How errors grow with the length, where nothing is forgotten; the bars are not meant for these and decide nothing.\n");
-    table(2, (const int32_t[]){ 8192, 4096 + 37 }, false, two, (const int32_t[]){ -1, 4, 16, 32, 0 });
+    table(4, 2, (const int32_t[]){ 8192, 4096 + 37 }, false, two, (const int32_t[]){ -1, 4, 16, 32, 0 });
     return ok;
 }
 
-static bool backward_errors(void) { return table(5, lens, true, all_gates, cuts); }
+/* With 64 v-heads a low_memory plan has parts of eight chunks. */
+static bool backward_errors(void) {
+    static const gate_kind two[] = { ZERO, MIXED, GATES };
+    const bool ok = table(4, 5, lens, true, all_gates, cuts);
+    return table(64, 2, (const int32_t[]){ 600, 70 }, true, two, (const int32_t[]){ -1, LOW_MEMORY, 0 }) && ok;
+}
 
 int main(int argc, char **argv) {
     const char *path = NULL, *only = "";

@@ -195,10 +195,11 @@ void problem_free(problem *p) {
     }
 }
 
-fqla_status problem_plan(const problem *p, int32_t v_split, int32_t segment_chunks, fqla_plan **plan) {
+fqla_status problem_plan(const problem *p, int32_t v_split, int32_t segment_chunks, bool low_memory, fqla_plan **plan) {
     const fqla_plan_desc desc = { .heads_qk = p->heads_qk, .heads_v = p->heads_v, .num_seqs = p->num_seqs,
                                   .cu_seqlens = p->cu_seqlens, .dtype = FQLA_DTYPE_BF16, .state_dtype = FQLA_DTYPE_FP32,
-                                  .v_split = v_split, .segment_chunks = segment_chunks, .backward = p->backward };
+                                  .v_split = v_split, .segment_chunks = segment_chunks, .backward = p->backward,
+                                  .low_memory = low_memory };
     return fqla_plan_create(test_shared(), &desc, plan);
 }
 

@@ -41,7 +41,7 @@ void problem_upload(problem *p);
 void problem_free(problem *p);
 
 /* A plan for it; a refusal is the caller's to judge. */
-fqla_status problem_plan(const problem *p, int32_t v_split, int32_t segment_chunks, fqla_plan **plan);
+fqla_status problem_plan(const problem *p, int32_t v_split, int32_t segment_chunks, bool low_memory, fqla_plan **plan);
 /* One run; residuals: what the forward leaves and the backward takes, NULL: none. */
 void problem_run(const problem *p, fqla_plan *plan, bool backward, void *residuals);
 /* Into the host's outputs, over NaNs: what a run does not write shows. */

@@ -59,7 +59,7 @@ static bool repeat_row(const row *r, long runs) {
         all_pieces += pieces(p.bytes[t]);
     }
     every = bytes <= WHOLE ? 1 : SELDOM;
-    check(problem_plan(&p, 0, 0, &plan));
+    check(problem_plan(&p, 0, 0, false, &plan));
     check(fqla_plan_info(plan, &summary));
     check(fqla_residuals_size(plan, &residuals_bytes));
     if (backward && residuals_bytes > 0) {
