@@ -84,20 +84,44 @@ static void fqla__cuda_unload_kernels(fqla_context *context) {
     }
 }
 
+/* An image of so many bytes from its text (tools/embed.c says how), for the driver to read; to be freed. NULL: no memory. */
+static void *fqla__decode_image(const fqla_context_desc *desc, const char *const *text, size_t bytes) {
+    const size_t words = (bytes + 3) / 4;
+    unsigned char *image = (unsigned char *)fqla__host_alloc(desc, words * 4);
+    const char *at = *text;
+    size_t i;
+    int digit;
+    for (i = 0; image != NULL && i < words; i++) {
+        uint32_t value = 0;
+        if (*at == '\0') at = *++text;
+        for (digit = 0; digit < 5; digit++, at++)
+            value = value * 85 + (uint32_t)((*at == '!' ? '?' : *at == '~' ? '\\' : *at) - '#');
+        image[4 * i] = (unsigned char)value, image[4 * i + 1] = (unsigned char)(value >> 8);
+        image[4 * i + 2] = (unsigned char)(value >> 16), image[4 * i + 3] = (unsigned char)(value >> 24);
+    }
+    return image;
+}
+
 /* Load kernel i from its cubin or from the PTX in its fatbin. */
 static fqla_status fqla__cuda_load_kernel(fqla_context *context, int i, bool ptx) {
     fqla__cuda_device *cuda = &context->cuda;
     const fqla__cuda_driver *driver = &cuda->driver;
     const fqla__cuda_image *image = fqla__cuda_images;
     fqla_status status;
+    void *bytes;
     while (image->name != NULL && strcmp(image->name, fqla__kernels[i].name) != 0) image++;
     if (image->name == NULL) {
         snprintf(context->summary.cuda_status, sizeof context->summary.cuda_status, "this header was made without the kernel %s",
                  fqla__kernels[i].name);
         return FQLA_ERROR_NO_CUDA;
     }
-    status = fqla__cuda_check_open(context, "cuModuleLoadData",
-                                   driver->cuModuleLoadData(&cuda->modules[i], ptx ? image->fatbin : image->cubin));
+    bytes = fqla__decode_image(&context->desc, ptx ? image->fatbin : image->cubin, ptx ? image->fatbin_size : image->cubin_size);
+    if (bytes == NULL) {
+        snprintf(context->summary.cuda_status, sizeof context->summary.cuda_status, "no memory for the image of the kernel %s", image->name);
+        return FQLA_ERROR_OUT_OF_MEMORY;
+    }
+    status = fqla__cuda_check_open(context, "cuModuleLoadData", driver->cuModuleLoadData(&cuda->modules[i], bytes));
+    fqla__host_free(&context->desc, bytes);
     if (status != FQLA_OK) return status;
     status = fqla__cuda_check_open(context, "cuModuleGetFunction",
                                    driver->cuModuleGetFunction(&cuda->functions[i], cuda->modules[i], image->name));

@@ -74,7 +74,7 @@ typedef struct function {
 
 typedef struct module {
     context *owner;
-    const unsigned char *image;
+    char kernel[64]; /* "": any */
     int alive;
     function functions[4];
     int num_functions;
@@ -390,22 +390,23 @@ static uint64_t little_endian(const unsigned char *bytes, int count) {
     return value;
 }
 
-/* Has the cubin a section .text.NAME? A fatbin's PTX is compressed: every name is taken. */
-static int has_kernel(const unsigned char *image, const char *name) {
+/* The kernel of a cubin, which holds one: of its section .text.NAME. A fatbin's PTX is compressed: "", every name is taken. */
+static void find_kernel(const unsigned char *image, char *name, size_t size) {
     const unsigned char *sections, *names;
-    uint64_t size, count, i;
-    char wanted[80];
-    if (!is_cubin(image)) return 1;
+    uint64_t entry, count, i;
+    name[0] = '\0';
+    if (!is_cubin(image)) return;
     sections = image + little_endian(image + 40, 8);
-    size = little_endian(image + 58, 2);
+    entry = little_endian(image + 58, 2);
     count = little_endian(image + 60, 2);
-    names = image + little_endian(sections + little_endian(image + 62, 2) * size + 24, 8);
-    snprintf(wanted, sizeof wanted, ".text.%s", name);
-    for (i = 0; i < count; i++)
-        if (strcmp((const char *)names + little_endian(sections + i * size, 4), wanted) == 0) return 1;
-    return 0;
+    names = image + little_endian(sections + little_endian(image + 62, 2) * entry + 24, 8);
+    for (i = 0; i < count; i++) {
+        const char *section = (const char *)names + little_endian(sections + i * entry, 4);
+        if (strncmp(section, ".text.", 6) == 0) snprintf(name, size, "%s", section + 6);
+    }
 }
 
+/* The image may go once it is loaded. */
 FAKE_CUDA_API CUresult cuModuleLoadData(void **handle, const void *image) {
     CUresult result = begin("cuModuleLoadData", NEEDS_CONTEXT);
     const unsigned char *bytes = (const unsigned char *)image;
@@ -418,7 +419,7 @@ FAKE_CUDA_API CUresult cuModuleLoadData(void **handle, const void *image) {
     if (num_modules == MAX_OBJECTS) return end(CUDA_ERROR_OUT_OF_MEMORY);
     m = &modules[num_modules++];
     m->owner = current();
-    m->image = bytes;
+    find_kernel(bytes, m->kernel, sizeof m->kernel);
     m->alive = 1;
     *handle = m;
     return end(CUDA_SUCCESS);
@@ -440,7 +441,7 @@ FAKE_CUDA_API CUresult cuModuleGetFunction(void **handle, void *module_handle, c
     function *f;
     if (result != CUDA_SUCCESS) return end(result);
     if (m == NULL) return end(breach(CUDA_ERROR_INVALID_HANDLE, "cuModuleGetFunction of a module that does not exist"));
-    if (m->num_functions == 4 || !has_kernel(m->image, name))
+    if (m->num_functions == 4 || (m->kernel[0] != '\0' && strcmp(m->kernel, name) != 0))
         return end(breach(CUDA_ERROR_NOT_FOUND, "cuModuleGetFunction of %s, which the image lacks", name));
     f = &m->functions[m->num_functions++];
     f->module = m;

@@ -1,8 +1,10 @@
 /* embed OUT DIR NAME...: the kernel images DIR/NAME.cubin and DIR/NAME.fatbin as a C header.
 
-   The words are 64 bits, little-endian as every machine with a GPU is, so that the images are aligned as the driver wants them.
-   A C array cannot be empty, so the table ends with an entry of zeros, which FQLA__CUDA_IMAGE_COUNT does not count. */
-#include <inttypes.h>
+   Text in base 85: five characters for four bytes, a little-endian word, its most significant digit first; digit d is the character
+   '#' + d, but that '!' stands for '?', which C may take for a trigraph, and '~' for a backslash. Half the size of numbers, and
+   compilers read strings far faster than lists of them. A string holds 4000 characters, since C99 promises no more than 4095; the
+   bytes past an image's end are zeros. The table ends with an entry of zeros, since a C array cannot be empty. */
+#include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 
@@ -12,7 +14,7 @@ static const char head[] =
     "/* A kernel: its cubin, and for drivers that refuse that a fatbin with its PTX. Sizes in bytes. */\n"
     "typedef struct fqla__cuda_image {\n"
     "    const char *name;\n"
-    "    const uint64_t *cubin, *fatbin;\n"
+    "    const char *const *cubin, *const *fatbin; /* text: tools/embed.c */\n"
     "    size_t cubin_size, fatbin_size;\n"
     "} fqla__cuda_image;\n"
     "\n";
@@ -22,28 +24,35 @@ _Noreturn static void fail(const char *path, const char *what) {
     exit(1);
 }
 
-/* Write one image as an array; its size in bytes. */
+enum { LINE_WORDS = 25, STRING_LINES = 32 }; /* 125 characters; 4000 */
+
+/* Write one image as an array of strings; its size in bytes. */
 static size_t embed(FILE *out, const char *dir, const char *name, const char *kind) {
     char path[1024];
     FILE *in;
-    unsigned char word[8];
+    unsigned char word[4] = { 0 };
     size_t size = 0, words = 0, count;
     if ((size_t)snprintf(path, sizeof path, "%s/%s.%s", dir, name, kind) >= sizeof path) fail(path, "is too long a path");
     in = fopen(path, "rb");
     if (in == NULL) fail(path, "cannot be opened; `ninja ptx` makes it");
-    fprintf(out, "static const uint64_t fqla__%s_%s[] = {", name, kind);
+    fprintf(out, "static const char *const fqla__%s_%s[] = {", name, kind);
     while ((count = fread(word, 1, sizeof word, in)) > 0) {
-        uint64_t value = 0;
+        uint32_t value = 0, divisor;
         size_t i;
-        for (i = 0; i < count; i++) value |= (uint64_t)word[i] << (8 * i);
-        fprintf(out, "%s0x%" PRIx64 ",", words % 8 == 0 ? "\n" : "", value);
+        for (i = 0; i < count; i++) value |= (uint32_t)word[i] << (8 * i);
+        if (words % LINE_WORDS == 0)
+            fputs(words == 0 ? "\n\"" : words % (LINE_WORDS * STRING_LINES) == 0 ? "\",\n\"" : "\"\n\"", out);
+        for (divisor = 85 * 85 * 85 * 85; divisor > 0; divisor /= 85) {
+            const int c = '#' + (int)(value / divisor % 85);
+            fputc(c == '?' ? '!' : c == '\\' ? '~' : c, out);
+        }
         words++;
         size += count;
     }
     if (ferror(in)) fail(path, "cannot be read");
     if (size == 0) fail(path, "is empty");
     fclose(in);
-    fprintf(out, "\n};\n");
+    fprintf(out, "\"\n};\n");
     return size;
 }
 
