@@ -121,7 +121,8 @@
     external_workspace = 1 owns none. plan_desc.backward = 1 makes room for the backward.
     How much that is: on the CPU about 1.5 MB a thread, and with backward a state a chunk of the longest sequence; on a GPU 6.5 KB a
     chunk of 64 tokens and v-head (220 MB at 32768 tokens and 64 v-heads), and up to 100 MB where sequences may be cut; with backward 80 KB more
-    a chunk and v-head, and 160 KB a segment and v-head where its sequences may be cut.
+    a chunk and v-head, and 160 KB a segment and v-head where its sequences may be cut. A plan with low_memory goes through the tokens
+    in windows: 16/32 heads and a sequence of 131072 tokens take 223 MB for 6 GB, and half as long again.
 
     SCHEDULE
     ========
@@ -404,7 +405,7 @@ FLASHQLA_API void fqla_plan_destroy(fqla_plan *plan);
 /* Other lengths: num_seqs <= max_seqs, cu_seqlens as in the desc with at most max_tokens tokens. Host work and one copy into the plan's
    device tables, ordered on stream: runs enqueued later on that stream, replays of captured graphs among them, see
    the new lengths. On an error the plan is as before.
-   Errors: NULL_POINTER, INVALID_SIZE, INVALID_SEQLENS, CAPTURING, WRONG_CONTEXT, DRIVER. */
+   Errors: NULL_POINTER, INVALID_SIZE, INVALID_SEQLENS, UNSUPPORTED (low_memory on CUDA), CAPTURING, WRONG_CONTEXT, DRIVER. */
 FLASHQLA_API fqla_status fqla_plan_update(fqla_plan *plan, int32_t num_seqs, const int32_t *cu_seqlens, fqla_stream stream);
 /* What will run, and the schedule's choice. */
 FLASHQLA_API fqla_status fqla_plan_info(const fqla_plan *plan, fqla_plan_summary *summary);
@@ -22569,10 +22570,13 @@ static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summar
     else
         snprintf(summary->schedule, sizeof summary->schedule, "V over %d block%s, sequences uncut: %.0f us by the model", (int)schedule->v_split,
                  schedule->v_split == 2 ? "s" : "", schedule->microseconds);
-    if (backward->segment_chunks > 0) {
-        const size_t length = strlen(summary->schedule);
-        snprintf(summary->schedule + length, sizeof summary->schedule - length, "; backward in parts of %d chunks: %.0f us, uncut %.0f",
-                 (int)backward->segment_chunks, backward->microseconds, backward->uncut);
+    if (backward->segment_chunks > 0 || plan->desc.low_memory) {
+        const size_t length = strlen(summary->schedule), room = sizeof summary->schedule - length;
+        if (plan->desc.low_memory)
+            snprintf(summary->schedule + length, room, "; backward in windows of %d chunks", (int)fqla__window_chunks(plan));
+        else
+            snprintf(summary->schedule + length, room, "; backward in parts of %d chunks: %.0f us, uncut %.0f",
+                     (int)backward->segment_chunks, backward->microseconds, backward->uncut);
     }
 }
 

@@ -201,10 +201,13 @@ static void fqla__cuda_describe(const fqla_plan *plan, fqla_plan_summary *summar
     else
         snprintf(summary->schedule, sizeof summary->schedule, "V over %d block%s, sequences uncut: %.0f us by the model", (int)schedule->v_split,
                  schedule->v_split == 2 ? "s" : "", schedule->microseconds);
-    if (backward->segment_chunks > 0) {
-        const size_t length = strlen(summary->schedule);
-        snprintf(summary->schedule + length, sizeof summary->schedule - length, "; backward in parts of %d chunks: %.0f us, uncut %.0f",
-                 (int)backward->segment_chunks, backward->microseconds, backward->uncut);
+    if (backward->segment_chunks > 0 || plan->desc.low_memory) {
+        const size_t length = strlen(summary->schedule), room = sizeof summary->schedule - length;
+        if (plan->desc.low_memory)
+            snprintf(summary->schedule + length, room, "; backward in windows of %d chunks", (int)fqla__window_chunks(plan));
+        else
+            snprintf(summary->schedule + length, room, "; backward in parts of %d chunks: %.0f us, uncut %.0f",
+                     (int)backward->segment_chunks, backward->microseconds, backward->uncut);
     }
 }
 

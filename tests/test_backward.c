@@ -58,6 +58,8 @@ static const case_spec features[] = {
     { .name = "residuals_raw", .plan = { .heads_v = 3, .max_seqs = 4, .max_tokens = 300, .gate = FQLA_GATE_RAW,
                                          .beta = FQLA_BETA_SIGMOID, .l2norm = 1 }, .lens = { 129 }, .residuals = true,
       .own_workspace = true, .rows = ROWS_GAPPED, .seed = 43 },
+    { .name = "low_memory", .plan = { .heads_qk = 1, .heads_v = 2, .num_seqs = 3, .low_memory = 1 }, .lens = { 100, 0, 30 },
+      .residuals = true, .seed = 44 },
     { .name = "own_workspace", .plan = { .heads_v = 2 }, .lens = { 80 }, .own_workspace = true, .seed = 14 },
     { .name = "scale", .plan = { .heads_v = 2, .scale = -0.75f }, .lens = { 80 }, .seed = 15 },
     { .name = "sigmoid_beta", .plan = { .heads_v = 2, .beta = FQLA_BETA_SIGMOID }, .lens = { 80 }, .seed = 16 },
@@ -102,6 +104,14 @@ static const case_spec features[] = {
     { .name = "odd_bases", .plan = { .heads_v = 2, .dim_k = 64, .dim_v = 64 }, .lens = { 70 }, .odd_base = true, .seed = 41 },
 };
 
+/* On a GPU a window is of 512 chunks times v-heads at least: a sequence of two parts, and two whole ones in a window. Much work for
+   the oracle, and on the CPU nothing but "low_memory" again. */
+static void windows(void) {
+    run((case_spec){ .name = "low_memory_parts",
+                     .plan = { .heads_qk = 1, .heads_v = 64, .num_seqs = 4, .low_memory = 1, .gate = FQLA_GATE_RAW },
+                     .lens = { 600, 0, 40, 1 }, .residuals = true, .seed = 45 });
+}
+
 /* A plan made without it has no backward. */
 TEST needs_a_plan_for_it(void) {
     static test_case c;
@@ -118,5 +128,6 @@ SUITE(backward) {
     lengths();
     gates();
     for (i = 0; i < sizeof features / sizeof features[0]; i++) run(features[i]);
+    if (test_on_cuda()) windows();
     RUN_TEST(needs_a_plan_for_it);
 }

@@ -306,6 +306,8 @@ says 'on Fake GPU 0, bf16'
 [ "$(grep -c '"ms":{"ours":0.002}' "$dir/json")" -eq 2 ] && report yes || report no 'a prepare and a forward are two launches'
 expect 0 '' bench --backend cuda --row 'bwd 1 2 64' --json "$dir/json"
 [ "$(grep -c '"ms":{"ours":0.002}' "$dir/json")" -eq 1 ] && report yes || report no 'chains and gradients are two launches'
+expect 0 '' bench --backend cuda --low-memory --row 'bwd 1 2 64' --row 'fwd 1 2 64'
+says 'backward in windows of 256 chunks$'
 eight=1024,1024,1024,1024,1024,1024,1024,1024
 expect 0 '' bench --all-plans --row 'fwd 2 8 8192' --row 'decode 1 2 3' --row "fwd 1 1 $eight" --json "$dir/json"
 says '^fwd 2/8 1x8192$'

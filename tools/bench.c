@@ -31,6 +31,7 @@ static const char usage[] =
     "                  sequences whole or cut into so many segments), beside the time that the plan's model expects; what the\n"
     "                  plan's own choice lost against the best. --json then has a line a choice: { op: \"plan\", h_qk, h_v, lens,\n"
     "                  v_split, segment_chunks (-1: whole), ms, auto (the plan's own choice), model (ms) }\n"
+    "  --low-memory    bwd rows with plan_desc.low_memory: in windows, with less workspace\n"
     COMMON_OPTIONS;
 
 enum { MOST_PEERS = 8 };
@@ -38,6 +39,7 @@ enum { MOST_PEERS = 8 };
 typedef struct bench {
     library lib;
     cuda_graph *graph; /* NULL on the CPU */
+    bool low_memory;
     row_list rows;
     peer_list peers;
     const char *names[MOST_PEERS]; /* the peers that have a row of ours */
@@ -138,7 +140,7 @@ static void print_means(const bench *b) {
 
 /* A row's time with the plan's own choice. */
 static fqla_status time_row(bench *b, const row *r, timing *t, char *error) {
-    const spread own = { 0, 0 };
+    const spread own = { 0, 0, b->low_memory };
     bench_inputs *inputs;
     fqla_status status = bench_inputs_make(&b->lib, b->graph, r, &inputs, error);
     if (status != FQLA_OK) return status;
@@ -249,19 +251,21 @@ static int run_bench(const arguments *args, bench *b, const char *json, bool all
 
 int bench_command(int argc, char **argv) {
     const char *rows = NULL, *json = NULL;
-    bool all_plans = false;
+    bool all_plans = false, low_memory = false;
     text_list row_texts = { NULL, 0 }, against = { NULL, 0 };
     const option options[] = { { "--rows", NULL, &rows, NULL },
                                { "--row", NULL, NULL, &row_texts },
                                { "--against", NULL, NULL, &against },
                                { "--json", NULL, &json, NULL },
                                { "--all-plans", &all_plans, NULL, NULL },
+                               { "--low-memory", &low_memory, NULL, NULL },
                                { NULL, NULL, NULL, NULL } };
     arguments args;
     bench b;
     int exit_code = MISUSE;
     memset(&b, 0, sizeof b);
     if (!parse_arguments(argc, argv, usage, options, &args, &exit_code)) return exit_code;
+    b.low_memory = low_memory;
     if (args.files.count > 0 || (rows == NULL && row_texts.count == 0)) {
         if (args.files.count > 0) misuse("bench", "\"%s\" is one too many", args.files.items[0]);
         else misuse("bench", "--rows FILE is needed");

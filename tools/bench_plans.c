@@ -26,12 +26,12 @@ static int list_choices(const row *r, spread *choices) {
     for (n = 0; n < r->num_seqs; n++)
         if ((r->lens[n] + CHUNK - 1) / CHUNK > longest) longest = (r->lens[n] + CHUNK - 1) / CHUNK;
     for (v_split = 1; v_split <= 2; v_split++) {
-        choices[count++] = (spread){ v_split, -1 };
+        choices[count++] = (spread){ v_split, -1, 0 };
         before = longest; /* a segment as long as the longest sequence cuts nothing */
         for (i = 0; i < PARTS_TRIED; i++) {
             const int32_t chunks = (longest + parts_tried[i] - 1) / parts_tried[i];
             if (chunks == before) continue;
-            choices[count++] = (spread){ v_split, chunks };
+            choices[count++] = (spread){ v_split, chunks, 0 };
             before = chunks;
         }
     }
@@ -87,7 +87,7 @@ static void describe(const timing *t, char *words, size_t size) {
 
 /* Time a row's choices. False: one could not be timed, and error holds why; those before it are printed. */
 static bool time_choices(bench_inputs *inputs, const row *r, const char *label, FILE *json, losses *sum, char *error) {
-    const spread any = { 0, 0 };
+    const spread any = { 0, 0, 0 };
     spread choices[MOST_CHOICES];
     const int count = list_choices(r, choices);
     timing own, best, t;

@@ -171,6 +171,7 @@ static void make_plan(run *r, spread s) {
     desc.backward = w->op == BACKWARD;
     desc.v_split = s.v_split;
     desc.segment_chunks = s.segment_chunks;
+    desc.low_memory = desc.backward ? s.low_memory : 0;
     r->status = fqla_plan_create(r->lib->context, &desc, &r->plan);
     free(cu_seqlens);
 }
@@ -276,7 +277,7 @@ static void drop_plan(run *r) {
 }
 
 fqla_status bench_inputs_make(library *lib, cuda_graph *graph, const row *w, bench_inputs **inputs, char *error) {
-    const spread any = { 0, 0 };
+    const spread any = { 0, 0, 0 };
     run *r = calloc(1, sizeof *r);
     fqla_status status;
     *inputs = NULL;

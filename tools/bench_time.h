@@ -11,9 +11,9 @@ typedef struct timing {
     fqla_plan_summary plan;
 } timing;
 
-/* How a plan spreads a forward over a GPU: the fields of plan_desc. Zeros: the plan chooses. */
+/* How a plan spreads its work over a GPU: the fields of plan_desc. Zeros: the plan chooses. low_memory: of bwd rows alone. */
 typedef struct spread {
-    int32_t v_split, segment_chunks;
+    int32_t v_split, segment_chunks, low_memory;
 } spread;
 
 /* A row's inputs and outputs on the device, for one plan after the other. lib and the row outlive them.
