@@ -2,8 +2,8 @@
 
    Text in base 85: five characters for four bytes, a little-endian word, its most significant digit first; digit d is the character
    '#' + d, but that '!' stands for '?', which C may take for a trigraph, and '~' for a backslash. Half the size of numbers, and
-   compilers read strings far faster than lists of them. A string holds 4000 characters, since C99 promises no more than 4095; the
-   bytes past an image's end are zeros. The table ends with an entry of zeros, since a C array cannot be empty. */
+   compilers read strings far faster than lists of them. A string is a line of 4000 characters, since C99 promises 4095 for either;
+   the bytes past an image's end are zeros. The table ends with an entry of zeros, since a C array cannot be empty. */
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -24,7 +24,7 @@ _Noreturn static void fail(const char *path, const char *what) {
     exit(1);
 }
 
-enum { LINE_WORDS = 25, STRING_LINES = 32 }; /* 125 characters; 4000 */
+enum { STRING_WORDS = 800 };
 
 /* Write one image as an array of strings; its size in bytes. */
 static size_t embed(FILE *out, const char *dir, const char *name, const char *kind) {
@@ -40,8 +40,7 @@ static size_t embed(FILE *out, const char *dir, const char *name, const char *ki
         uint32_t value = 0, divisor;
         size_t i;
         for (i = 0; i < count; i++) value |= (uint32_t)word[i] << (8 * i);
-        if (words % LINE_WORDS == 0)
-            fputs(words == 0 ? "\n\"" : words % (LINE_WORDS * STRING_LINES) == 0 ? "\",\n\"" : "\"\n\"", out);
+        if (words % STRING_WORDS == 0) fputs(words == 0 ? "\n\"" : "\",\n\"", out);
         for (divisor = 85 * 85 * 85 * 85; divisor > 0; divisor /= 85) {
             const int c = '#' + (int)(value / divisor % 85);
             fputc(c == '?' ? '!' : c == '\\' ? '~' : c, out);
