@@ -72,7 +72,7 @@ static __device__ __forceinline__ void clear_part(ChainShared &s, int slot, int 
     else
         for (int i = 0; i < 3; i++) clear_tile_rows(s.states[slot].k + i, valid, thread, WARPGROUP); /* k, v */
     fence_proxy_async();
-    named_barrier<SCORES_BARRIER, WARPGROUP>();
+    meet<SCORES_BARRIER, WARPGROUP>();
     if (thread == 0) mbarrier_arrive(&s.full[slot]);
     __syncwarp();
 }

@@ -107,13 +107,13 @@ extern "C" __global__ void __launch_bounds__(FQLA__CHAINS_THREADS, 1)
 
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
     if (role == COPIES) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)COPIES_REGISTERS));
+        shrink_registers<COPIES_REGISTERS>();
         run_copies(p, s, thread % WARPGROUP);
     } else if (role == SCORES) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)SCORES_REGISTERS));
+        shrink_registers<SCORES_REGISTERS>();
         run_scores(p, s, thread % WARPGROUP);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)STATE_REGISTERS));
+        grow_registers<STATE_REGISTERS>();
         if (s.chain.way == GRADIENTS) run_gradients(p, s, thread);
         else run_states(p, s, thread);
     }

@@ -23,10 +23,10 @@ static __device__ __forceinline__ void clear_tile(Tile *tile, int thread, int th
     for (int unit = thread; unit < (int)(sizeof *tile / 16); unit += threads) ((uint4 *)tile->bytes)[unit] = make_uint4(0, 0, 0, 0);
 }
 
-/* Named barriers; 0 is __syncthreads'. Whole warps at a time: lanes that had work of their own come together first. */
-template <int number, int threads> static __device__ __forceinline__ void named_barrier(void) {
+/* A named barrier of warps whose lanes may have had work of their own. */
+template <int number, int threads> static __device__ __forceinline__ void meet(void) {
     __syncwarp();
-    asm volatile("bar.sync %0, %1;" ::"n"(number), "n"(threads) : "memory");
+    named_barrier<number, threads>();
 }
 
 /* The v-heads that read a q/k head. */

@@ -79,16 +79,16 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
 
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
     if (role == HELPERS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)HELPERS_REGISTERS));
+        shrink_registers<HELPERS_REGISTERS>();
         const int warp = thread % WARPGROUP / WARP;
         if (warp < DOTS_WARPS) run_dots(s, items * (f.heads_v / f.heads_qk), thread % WARPGROUP);
         else if (warp == DOTS_WARPS) run_gates(p, s, items, thread % WARP);
         else run_loads(p, s, items, thread % WARP);
     } else if (role == SCORES) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)SCORES_REGISTERS));
+        grow_registers<SCORES_REGISTERS>();
         run_scores(p, s, items, thread % WARPGROUP);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)ROWS_REGISTERS));
+        grow_registers<ROWS_REGISTERS>();
         if (role == QUERIES) run_queries(p, s, items, thread);
         else run_keys(p, s, items, thread % WARPGROUP);
     }

@@ -117,7 +117,7 @@ template <int barrier> static __device__ __forceinline__ void send_gradient(cons
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) store_tile_block(&tiles[step / 4], warp, step % 4, lane, &d[8 * step]);
     fence_proxy_async();
-    named_barrier<barrier, WARPGROUP>();
+    meet<barrier, WARPGROUP>();
     if (place.valid == CHUNK) {
         if (thread == 0) {
             for (int half = 0; half < 2; half++)
@@ -131,7 +131,7 @@ template <int barrier> static __device__ __forceinline__ void send_gradient(cons
             *(uint4 *)((uint16_t *)rows + (place.row + row) * token + place.head_qk * head + column * 8) =
                 *(const uint4 *)(tiles[column / 8].bytes + row * 128 + ((column % 8 ^ row % 8) * 16));
         }
-        named_barrier<barrier, WARPGROUP>();
+        meet<barrier, WARPGROUP>();
     }
     if (thread == 0) mbarrier_arrive(&s.sent);
     __syncwarp();

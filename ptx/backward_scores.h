@@ -14,12 +14,6 @@
 #include "backward_rows.h"
 #include "gates.h"
 
-static __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-}
-
 static __device__ __forceinline__ float half_of_bf16(uint32_t pair, int high) {
     return __uint_as_float(high ? pair & 0xffff0000u : pair << 16);
 }
@@ -56,7 +50,7 @@ static __device__ __forceinline__ void tiny_beta(const fqla__backward_params &p,
     else
         s.tiny_n[i] =
             i != j ? exp2_fast(log2_decay(f, max(i, j), min(i, j))) * (p.forward.l2norm ? s.ratio[max(i, j)] : 1.0f) * dot : 0.0f;
-    named_barrier<SCORES_BARRIER, WARPGROUP>();
+    meet<SCORES_BARRIER, WARPGROUP>();
     float e = low_element(((const uint16_t *)p.v_rows)[(place.row + j) * p.v_token + head * p.v_head + v]) - f.w[j] * state;
     gradient *= f.update[j] * p.unit;
 #pragma unroll 1
@@ -67,7 +61,7 @@ static __device__ __forceinline__ void tiny_beta(const fqla__backward_params &p,
     }
     const float sum = sum_warp(e * gradient);
     if (thread % WARP == 0) s.tiny_sum[thread / WARP] = sum;
-    named_barrier<SCORES_BARRIER, WARPGROUP>();
+    meet<SCORES_BARRIER, WARPGROUP>();
     if (thread == 0) s.sums[n % SUMS].tiny[j] = (s.tiny_sum[0] + s.tiny_sum[1]) + (s.tiny_sum[2] + s.tiny_sum[3]);
 }
 
@@ -188,9 +182,9 @@ static __device__ __forceinline__ void make_norms(GradientsShared &s, int valid,
     const float r = row < valid ? rsqrtf(sum + 1e-6f) : 1.0f;
     if (thread < CHUNK) s.square_q[row] = r * r, s.tiny_p[row] = r;
     else s.square_k[row] = r * r, s.tiny_n[row] = r;
-    named_barrier<SCORES_BARRIER, WARPGROUP>();
+    meet<SCORES_BARRIER, WARPGROUP>();
     if (thread < CHUNK) s.ratio[row] = s.tiny_n[row] / s.tiny_p[row];
-    named_barrier<SCORES_BARRIER, WARPGROUP>();
+    meet<SCORES_BARRIER, WARPGROUP>();
 }
 
 /* A chunk's product as pairs of bfloat16: Q K^T, K K^T. */

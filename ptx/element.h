@@ -25,6 +25,12 @@ static __device__ __forceinline__ uint32_t pack_fp16(float low, float high) {
     return pair;
 }
 
+static __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
 static __device__ __forceinline__ float from_fp16(uint32_t bits) {
     float value;
     asm("{.reg .b16 half; cvt.u16.u32 half, %1; cvt.f32.f16 %0, half;}" : "=f"(value) : "r"(bits & 0xffffu));

@@ -51,9 +51,7 @@ static __device__ __forceinline__ void prefetch_state(const fqla__forward_params
 
 /* The same for the block that will follow on this multiprocessor, more or less. */
 static __device__ __forceinline__ void prefetch_next_state(const fqla__forward_params &p, uint32_t parts) {
-    uint32_t multiprocessors;
-    asm("mov.u32 %0, %%nsmid;" : "=r"(multiprocessors));
-    const uint32_t block = blockIdx.x + multiprocessors;
+    const uint32_t block = blockIdx.x + count_multiprocessors();
     Segment segment;
     if (block < gridDim.x && find_segment(p, block / parts, (int)(block % parts / SPLIT), false, &segment))
         prefetch_state(p, segment, (int)(block % SPLIT));
@@ -124,14 +122,14 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1)
     }
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
     if (role > STATE_WARPGROUPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)COPIES_REGISTERS));
+        shrink_registers<COPIES_REGISTERS>();
         if (thread == FORWARD_THREADS - 1) prefetch_next_state(p, parts);
         run_copies(p, s, first_v, thread % WARPGROUP);
     } else if (role == STATE_WARPGROUPS) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)SCORES_REGISTERS));
+        shrink_registers<SCORES_REGISTERS>();
         run_scores(s, thread % WARPGROUP);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)STATE_REGISTERS));
+        grow_registers<STATE_REGISTERS>();
         run_state(p, s, first_v, role, thread % WARPGROUP, s.start < s.segment.first);
     }
 }

@@ -29,7 +29,7 @@ static __device__ void run_scores(ForwardShared &s, int block_thread) {
                 clear_rows(in.k, 2, valid, thread);
                 clear_rows(in.v, STATE_WARPGROUPS, valid, thread);
                 mbarrier_arrive(&s.part_full);
-                asm volatile("bar.sync %0, %1;" ::"n"((int)SCORES_BARRIER), "n"((int)WARPGROUP) : "memory");
+                named_barrier<SCORES_BARRIER, WARPGROUP>();
             }
             const uint32_t units = first_slot + ring.slot * (sizeof(ChunkSlot) / 16);
             wgmma_fence();

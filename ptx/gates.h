@@ -4,12 +4,7 @@
 
 #include "../src/cuda_params.h"
 #include "element.h"
-
-static __device__ __forceinline__ float exp2_fast(float x) {
-    float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
+#include "instructions.h"
 
 /* One 16-bit element or float32 of a gate tensor. */
 static __device__ __forceinline__ float load_gate(const void *tensor, int64_t index, bool raw) {

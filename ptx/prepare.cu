@@ -206,12 +206,6 @@ static __device__ __forceinline__ Decays make_decays(const fqla__forward_params 
     return d;
 }
 
-static __device__ __forceinline__ float log2_fast(float x) {
-    float y;
-    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-}
-
 /* The rest of the factors. */
 static __device__ __forceinline__ void write_factors(const fqla__forward_params &p, const PrepareShared &s, const HeadShared &head,
                                                      fqla__factors &factors, const Decays &d, int lane) {

@@ -146,10 +146,10 @@ extern "C" __global__ void __launch_bounds__(FQLA__STATES_THREADS, 2)
     if (s.idle) return;
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
     if (role == 1) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"((int)LOADER_REGISTERS));
+        shrink_registers<LOADER_REGISTERS>();
         if (thread == WARPGROUP) run_loader(p, s, half * STATE_COLUMNS, !transition);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"((int)STATE_REGISTERS));
+        grow_registers<STATE_REGISTERS>();
         run_state(p, s, half, transition, thread);
     }
 }

@@ -3,6 +3,7 @@
 #define FLASHQLA_TILE_H
 
 #include "../src/cuda_params.h"
+#include "instructions.h"
 #include "mma.h"
 #include "tma.h"
 #include "wgmma.h"
@@ -81,13 +82,6 @@ static __device__ __forceinline__ void clear_tile_rows(Tile *tile, int valid, in
 static __device__ __forceinline__ void clear_rows(Tile *tiles, int count, int valid, int thread) {
     for (int tile = 0; tile < count; tile++) clear_tile_rows(&tiles[tile], valid, thread, WARPGROUP);
     fence_proxy_async();
-}
-
-/* A value that the compiler takes for a new one: what is computed from it inside a loop stays inside, rather than occupying registers
-   for the whole loop. */
-static __device__ __forceinline__ int renewed(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
 }
 
 #endif

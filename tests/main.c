@@ -17,6 +17,7 @@ SUITE_EXTERN(random_backward);
 SUITE_EXTERN(bits);
 SUITE_EXTERN(threads);
 SUITE_EXTERN(far);
+SUITE_EXTERN(schedules);
 
 /* What the arithmetic of a backend, or of one of the CPU's levels, must get right. */
 static void run_arithmetic(void) {
@@ -84,6 +85,7 @@ int main(int argc, char **argv) {
     RUN_SUITE(bits);
     RUN_SUITE(far);
     RUN_SUITE(random_backward);
+    if (test_on_cuda()) RUN_SUITE(schedules);
     if (!test_on_cuda()) {
         RUN_SUITE(gradient);
         RUN_SUITE(threads);
