@@ -67,7 +67,7 @@ static thread threads[MOST_THREADS];
 static warp warps[MOST_THREADS / WARP];
 static warpgroup warpgroups[MOST_THREADS / WARPGROUP];
 static meeting barriers[BARRIERS];
-static std::vector<arrival> arrivals;
+static std::vector<arrival> under_way;
 static ucontext_t scheduler;
 static unsigned char *stacks;
 static int thread_count, this_thread, turn;
@@ -110,6 +110,18 @@ const uint64_t *emulator_exchange(uint64_t value) {
     values[this_thread % WARP] = value;
     emulator_meet_warp();
     return values;
+}
+
+void emulator_start_barrier(uint64_t *barrier, uint32_t arrivals) {
+    *barrier = (uint64_t)arrivals << 48 | (uint64_t)arrivals << 32;
+}
+
+void emulator_take(uint64_t *barrier, uint32_t arrivals, int32_t bytes) {
+    const uint64_t made_for = *barrier >> 48 & 0x7fff;
+    const uint32_t rest = (uint32_t)*barrier - (uint32_t)bytes;
+    uint64_t phase = *barrier >> 63, to_come = (*barrier >> 32 & 0xffff) - arrivals;
+    if (to_come == 0 && rest == 0) phase ^= 1, to_come = made_for;
+    *barrier = phase << 63 | made_for << 48 | to_come << 32 | rest;
 }
 
 static bool has_ended(const uint64_t *barrier, uint32_t parity) { return *barrier >> 63 != parity; }
@@ -199,15 +211,7 @@ void emulator_wait_products(int pending) {
 
 /* ---- copies */
 
-static void later(std::function<void()> run) { arrivals.push_back({std::move(run), turn + 1 + below(below(4) ? 20 : 400)}); }
-
-static void take_bytes(uint64_t *barrier, uint32_t bytes) {
-    const uint64_t made_for = *barrier >> 48 & 0x7fff;
-    uint64_t phase = *barrier >> 63, to_come = *barrier >> 32 & 0xffff;
-    const uint32_t rest = (uint32_t)*barrier - bytes;
-    if (to_come == 0 && rest == 0) phase ^= 1, to_come = made_for;
-    *barrier = phase << 63 | made_for << 48 | to_come << 32 | rest;
-}
+static void later(std::function<void()> run) { under_way.push_back({std::move(run), turn + 1 + below(below(4) ? 20 : 400)}); }
 
 /* A box's rows of 128 bytes, swizzled in shared memory; NULL: outside of the tensor. */
 static void each_row(const void *map, int32_t column, int32_t row, int32_t head, const std::function<void(int, unsigned char *)> &take) {
@@ -236,14 +240,14 @@ void emulator_load_box(void *to, const void *map, int32_t column, int32_t row, i
                 else memset(unit_of(to, r, unit), 0, 16);
             bytes += 128;
         });
-        take_bytes(barrier, bytes);
+        emulator_take(barrier, 0, (int32_t)bytes);
     });
 }
 
 void emulator_load_bytes(void *to, const void *from, uint32_t bytes, uint64_t *barrier) {
     later([=] {
         memcpy(to, from, bytes);
-        take_bytes(barrier, bytes);
+        emulator_take(barrier, 0, (int32_t)bytes);
     });
 }
 
@@ -293,7 +297,7 @@ static void start_block() {
     turn = 0;
     slow_threads = below(2) ? WARPGROUP : WARP;
     slow = below(4) ? below(thread_count / slow_threads) * slow_threads : -1;
-    arrivals.clear();
+    under_way.clear();
     memset(barriers, 0, sizeof barriers);
     memset(shared_bytes, 0xff, sizeof shared_bytes); /* NaN */
     for (warp &w : warps) memset(&w, 0, sizeof w);
@@ -318,14 +322,14 @@ static bool take_turn() {
     const int first = below(thread_count / WARP) * WARP;
     bool going = false, waiting = false;
     turn++;
-    for (size_t i = 0; i < arrivals.size();) {
-        if (arrivals[i].turn > turn) {
+    for (size_t i = 0; i < under_way.size();) {
+        if (under_way[i].turn > turn) {
             i++;
             continue;
         }
-        const std::function<void()> run = std::move(arrivals[i].run);
-        arrivals[i] = std::move(arrivals.back());
-        arrivals.pop_back();
+        const std::function<void()> run = std::move(under_way[i].run);
+        under_way[i] = std::move(under_way.back());
+        under_way.pop_back();
         run();
         going = true;
     }
@@ -344,19 +348,18 @@ static bool take_turn() {
         threadIdx.x = (unsigned int)this_thread;
         swapcontext(&scheduler, &t.context);
     }
-    if (waiting && !going && arrivals.empty()) {
+    if (waiting && !going && under_way.empty()) {
         fprintf(stderr, "emulator: block %u of %u: every thread waits for another\n", blockIdx.x, gridDim.x);
         abort();
     }
     return waiting;
 }
 
-void emulator_launch(const char *name, std::function<void()> call, unsigned int blocks, unsigned int block_threads) {
+void emulator_launch(std::function<void()> call, unsigned int blocks, unsigned int block_threads) {
     const char *seed = getenv("EMULATOR_SEED");
     if (stacks == NULL) stacks = (unsigned char *)malloc((size_t)MOST_THREADS * STACK_BYTES);
     if (stacks == NULL || block_threads > MOST_THREADS) abort();
     if (random_state == 0) random_state = seed != NULL ? strtoull(seed, NULL, 10) : 1;
-    (void)name;
     kernel = std::move(call);
     thread_count = (int)block_threads;
     gridDim.x = blocks;

@@ -2,10 +2,10 @@
    instructions are in tests/emulator/ptx, headers in place of those of the same name.
 
    A block at a time; every thread of it is a coroutine, which goes on until it waits for others. Order is random, by a seed: warps
-   are put to sleep, in most blocks some have hardly a turn, copies land late, a product of wgmma is worked out when it is issued or when it is waited for, a store reads
-   its shared memory then or when it is waited for. So a kernel that relies on what it has not waited for goes wrong here sooner
-   than on a GPU, and one in which all wait for one another is found at once. What is not here: time, registers, caches, the order
-   of writes that reach other threads. */
+   are put to sleep, in most blocks some have hardly a turn, copies land late, a product of wgmma is worked out when it is issued or
+   when it is waited for, a store reads its shared memory then or when it is waited for. So a kernel that relies on what it has not
+   waited for goes wrong here sooner than on a GPU, and one in which all wait for one another is found at once. What is not here:
+   time, registers, caches, the order of writes that reach other threads. */
 #ifndef EMULATOR_H
 #define EMULATOR_H
 
@@ -54,12 +54,15 @@ void emulator_meet_block();
 void emulator_meet_named(int number, int threads);
 /* Every lane gives a value and sees all 32, until the warp's next meeting. */
 const uint64_t *emulator_exchange(uint64_t value);
+/* An mbarrier: bit 63 its phase, then 15 bits of arrivals it is made for and 16 that are to come, 32 bits of bytes to come. */
+void emulator_start_barrier(uint64_t *barrier, uint32_t arrivals);
+void emulator_take(uint64_t *barrier, uint32_t arrivals, int32_t bytes); /* so many fewer are to come */
 void emulator_wait_barrier(const uint64_t *barrier, uint32_t parity);
 
 /* ---- products and copies under way */
 
-/* d [64 x n] = or += a b: what a thread gives of it. a: four registers, or NULL and a descriptor; a_rows, b_rows: k runs over the rows
-   of their tiles. */
+/* d [64 x n] = or += a b: what a thread gives of it. a: four registers, or NULL and a descriptor; a_rows, b_rows: k runs over the
+   rows of their tiles. */
 struct emulator_product {
     int n;
     bool adds, a_rows, b_rows;
@@ -90,7 +93,9 @@ template <typename T> static inline T emulator_lane(T value, int lane) {
 
 static inline int emulator_this_lane() { return (int)(threadIdx.x % 32); }
 template <typename T> static inline T __shfl_sync(uint32_t, T value, int lane) { return emulator_lane(value, lane & 31); }
-template <typename T> static inline T __shfl_xor_sync(uint32_t, T value, int mask) { return emulator_lane(value, emulator_this_lane() ^ mask); }
+template <typename T> static inline T __shfl_xor_sync(uint32_t, T value, int mask) {
+    return emulator_lane(value, emulator_this_lane() ^ mask);
+}
 template <typename T> static inline T __shfl_up_sync(uint32_t, T value, int by, int width = 32) {
     return emulator_lane(value, emulator_this_lane() % width >= by ? emulator_this_lane() - by : emulator_this_lane());
 }

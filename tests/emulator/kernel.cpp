@@ -1,4 +1,5 @@
-/* One kernel, -DKERNEL=name -DSOURCE="ptx/file.cu", compiled as C++. The emulator's headers come first: they bear the guards of ptx/'s. */
+/* One kernel, -DKERNEL=name -DSOURCE="ptx/file.cu", compiled as C++. The emulator's headers come first: they bear the guards of
+   ptx/'s. */
 #include "emulator.h"
 #include "launch.h"
 

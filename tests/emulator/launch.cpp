@@ -11,5 +11,5 @@ static std::map<std::string, emulator_bind *> &kernels() {
 void emulator_enter(const char *name, emulator_bind *bind) { kernels()[name] = bind; }
 
 extern "C" void fake_cuda_run(const char *name, const void *parameters, unsigned int blocks, unsigned int threads) {
-    emulator_launch(name, kernels().at(name)(parameters), blocks, threads);
+    emulator_launch(kernels().at(name)(parameters), blocks, threads);
 }

@@ -6,6 +6,6 @@
 
 typedef std::function<void()> emulator_bind(const void *parameters); /* a call with a copy of them */
 void emulator_enter(const char *name, emulator_bind *bind);
-void emulator_launch(const char *name, std::function<void()> call, unsigned int blocks, unsigned int block_threads);
+void emulator_launch(std::function<void()> call, unsigned int blocks, unsigned int block_threads);
 
 #endif
