@@ -127,7 +127,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1)
         run_copies(p, s, first_v, thread % WARPGROUP);
     } else if (role == STATE_WARPGROUPS) {
         shrink_registers<SCORES_REGISTERS>();
-        run_scores(s, thread % WARPGROUP);
+        run_scores(s, p.l2norm == FQLA__L2NORM_FORWARD, thread % WARPGROUP);
     } else {
         grow_registers<STATE_REGISTERS>();
         run_state(p, s, first_v, role, thread % WARPGROUP, s.start < s.segment.first);

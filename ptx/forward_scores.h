@@ -10,7 +10,27 @@
 
 enum { SCORES_BARRIER = 1 }; /* named barrier of the 128 threads */
 
-static __device__ void run_scores(ForwardShared &s, int block_thread) {
+/* |q|^2 of row lane % 16 of the warp's 16: a lane adds every second 16 bytes of it, the one 16 lanes on the others. In kernel
+   prepare's order, so that the bits of o are the same with residuals, where rq is prepare's. */
+static __device__ __forceinline__ float rows_norm(const Tile (&q)[2], int warp, int lane) {
+    const int row = BLOCK * warp + lane % BLOCK;
+    float sum[2];
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        float half[2];
+#pragma unroll
+        for (int j = 0; j < 2; j++) {
+            const int place = row * 128 + (((lane / BLOCK + 2 * i + 4 * j) ^ row % 8) * 16);
+            half[j] = sum_of_squares(*(const uint4 *)&q[0].bytes[place]) + sum_of_squares(*(const uint4 *)&q[1].bytes[place]);
+        }
+        sum[i] = half[0] + half[1];
+    }
+    const float half = sum[0] + sum[1];
+    return half + __shfl_xor_sync(0xffffffffu, half, BLOCK);
+}
+
+/* normalise_q: with the l2norm's rq, which kernel prepare has left out of the factors. */
+static __device__ void run_scores(ForwardShared &s, bool normalise_q, int block_thread) {
     const int first = uniform(s.segment.first - s.start), numbers = uniform(s.segment.end - s.start), len = uniform(s.segment.len - s.start * CHUNK);
     const uint32_t first_slot = shared_units(s.chunk);
     Ring ring = {0, 0}, out = {0, 0};
@@ -20,7 +40,7 @@ static __device__ void run_scores(ForwardShared &s, int block_thread) {
         const int row = BLOCK * warp + lane / 4, column = 2 * (lane % 4); /* of an accumulator's first element */
         const int valid = len - number * CHUNK;
         ChunkSlot &in = s.chunk[ring.slot];
-        const fqla__factors &d = in.factors;
+        fqla__factors &d = in.factors;
         Square *to = &s.p[out.slot];
 
         if (number >= first) {
@@ -36,8 +56,14 @@ static __device__ void run_scores(ForwardShared &s, int block_thread) {
             multiply_tiles(qk, units + offsetof(ChunkSlot, q) / 16, units);
             wgmma_commit();
 
+            float rows[2] = {d.row[row], d.row[row + 8]};
+            if (normalise_q) {
+                const float rq = rsqrtf(rows_norm(in.q, warp, lane) + 1e-6f), log2_rq = log2_fast(rq);
+                if (lane < BLOCK) d.o[BLOCK * warp + lane] *= rq; /* the state reads them once P is there */
+                rows[0] += __shfl_sync(0xffffffffu, log2_rq, lane / 4);
+                rows[1] += __shfl_sync(0xffffffffu, log2_rq, lane / 4 + 8);
+            }
             const float e1 = exp2_fast(d.block[1]), e2 = exp2_fast(d.block[2]);
-            const float rows[2] = {d.row[row], d.row[row + 8]};
             float inside[8], head[2] = {exp2_fast(rows[0]), exp2_fast(rows[1])};
 #pragma unroll
             for (int e = 0; e < 8; e++) inside[e] = exp2_fast(rows[e / 2 % 2] - d.column[BLOCK * warp + column + e / 4 * 8 + e % 2]);

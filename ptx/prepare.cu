@@ -1,6 +1,7 @@
 /* All of a chunk that needs no state: T and the tokens' factors, for every chunk and v-head, into the workspace.
 
-   With N = strict_tril(K K^T), B = diag(beta), r and rq the l2norm's factors of k and q (else 1; K's rows are scaled by r below):
+   With N = strict_tril(K K^T), B = diag(beta), r and rq the l2norm's factors of k and q (else 1; K's rows are scaled by r below; rq
+   is 1 here where it is left to the forward, which has q):
 
        A = (I + B N)^-1     T_ij = exp(G_i - G_j) (A B)_ij     (i > j; T_jj = beta_j is the forward's to add)
 
@@ -63,7 +64,7 @@ typedef struct PrepareShared {
     uint4 corners[WARP];   /* the upper right tile of each diagonal block, one 16-block a register */
     float leaves[CHUNK / LEAF][LEAF_PITCH];
     float norm_k[CHUNK];   /* |k|^2, of what l2norm leaves of it */
-    float factor_k[CHUNK], factor_q[CHUNK]; /* r, rq; written only with l2norm */
+    float factor_k[CHUNK], factor_q[CHUNK]; /* r, rq; written only with l2norm, rq only where it is made here */
     uint64_t k_full;
 } PrepareShared;
 
@@ -74,20 +75,14 @@ static_assert(sizeof(PrepareShared) == FQLA__PREPARE_SHARED_BYTES, "what the hos
 /* Where block (row, column), row < column, of K K^T lies in PrepareShared. */
 static __device__ __forceinline__ int block_number(int row, int column) { return row * (5 - row) / 2 + column - 1; }
 
-/* |q|^2 of the warp's 16 rows from memory, 16 lanes a row, two rows at a time; lane l gets that of row 2 (l / 2 % 8) + l / 16. */
+/* |q|^2 of the warp's 16 rows from memory, 16 lanes a row, two rows at a time; lane l gets that of row 2 (l / 2 % 8) + l / 16. The
+   forward's scores add in the same order. */
 static __device__ __forceinline__ float rows_norm(const uint16_t *q, int64_t stride, int first, int last, int lane) {
     float sum[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         const int row = min(first + 2 * i + lane / 16, last);
-        const uint4 unit = __ldg((const uint4 *)(q + row * stride) + lane % 16);
-        const uint32_t pairs[4] = {unit.x, unit.y, unit.z, unit.w};
-        sum[i] = 0.0f;
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const float low = low_element(pairs[j]), high = high_element(pairs[j]);
-            sum[i] = fmaf(low, low, fmaf(high, high, sum[i]));
-        }
+        sum[i] = sum_of_squares(__ldg((const uint4 *)(q + row * stride) + lane % 16));
     }
 #pragma unroll
     for (int half = 4; half > 0; half /= 2) /* of the rows left a lane keeps one half and gives the other away */
@@ -220,9 +215,11 @@ static __device__ __forceinline__ void write_factors(const fqla__forward_params 
         float r = 1.0f, rq = 1.0f, row = d.sum[t], column = d.sum[t];
         if (p.l2norm) {
             r = s.factor_k[token];
+            column -= log2_fast(r);
+        }
+        if (p.l2norm == FQLA__L2NORM_PREPARE) {
             rq = s.factor_q[token];
             row += log2_fast(rq);
-            column -= log2_fast(r);
         }
         factors.w[token] = d.head[t] * before * r;
         factors.update[token] = d.tail[t] * after * r;
@@ -468,7 +465,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__PREPARE_THREADS, 6)
     Gates given;
     if (has_head) given = load_gates(p, first_row, valid, head, lane);
     __syncthreads();
-    if (p.l2norm) { /* by lanes 2 i and 2 i + 1 a row */
+    if (p.l2norm == FQLA__L2NORM_PREPARE) { /* by lanes 2 i and 2 i + 1 a row */
         const int row = BLOCK * warp + 2 * (lane / 2 % 8) + lane / 16;
         const uint16_t *q = (const uint16_t *)p.q_rows + first_row * p.q_token + head_qk * p.q_head;
         const float norm = rows_norm(q, p.q_token, BLOCK * warp, valid - 1, lane);

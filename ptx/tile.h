@@ -20,6 +20,18 @@ enum { TILE_UNITS = sizeof(Tile) / 16 };
 /* The units of step i of 16 in k along the rows of a pair of tiles. */
 static __device__ __forceinline__ uint32_t step_units(int step) { return step / 4 * TILE_UNITS + step % 4 * 2; }
 
+/* The sum of the squares of 16 bytes' elements. */
+static __device__ __forceinline__ float sum_of_squares(const uint4 &unit) {
+    const uint32_t pairs[4] = {unit.x, unit.y, unit.z, unit.w};
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float low = low_element(pairs[i]), high = high_element(pairs[i]);
+        sum = fmaf(low, low, fmaf(high, high, sum));
+    }
+    return sum;
+}
+
 /* d = a b^T for two 64 x 128 pairs of tiles. */
 static __device__ __forceinline__ void multiply_tiles(float (&d)[32], uint32_t a, uint32_t b) {
     wgmma_64x64_shared_first(d, tile_descriptor(a, 0), tile_descriptor(b, 0));

@@ -160,7 +160,8 @@ static void fqla__cuda_forward_params(const fqla__run *run, fqla__forward_params
     p->heads_qk = d->heads_qk, p->heads_v = d->heads_v;
     p->head_map = (int32_t)d->head_map, p->state_layout = (int32_t)d->state_layout;
     p->gate = (int32_t)d->gate, p->beta_form = (int32_t)d->beta;
-    p->negative_eigenvalues = d->negative_eigenvalues, p->l2norm = d->l2norm;
+    p->negative_eigenvalues = d->negative_eigenvalues;
+    p->l2norm = d->l2norm ? FQLA__L2NORM_PREPARE : 0;
     p->state_bf16 = d->state_dtype == FQLA_DTYPE_BF16;
     p->pool_size = d->pool_size;
     p->checkpoint_every = run->snapshots != NULL ? d->checkpoint_every : 0;
@@ -274,6 +275,7 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     fqla__cuda_forward_params(run, &p);
+    if (d->l2norm && run->residuals == NULL) p.l2norm = FQLA__L2NORM_FORWARD;
     if ((status = fqla__cuda_check_stream(plan->context, function, stream)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.q, run->q, d->heads_qk, &s->q, p.load_rows)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.k, run->k, d->heads_qk, &s->k, p.load_rows)) == FQLA_OK &&

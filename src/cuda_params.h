@@ -34,7 +34,7 @@ typedef struct fqla__device_segment {
     int32_t index; /* in its sequence */
 } fqla__device_segment;
 
-/* A chunk's tokens' factors for one v-head, by kernel prepare. gamma, r, rq as in the kernels. */
+/* A chunk's tokens' factors for one v-head, by kernel prepare. gamma, r, rq as in the kernels; with FQLA__L2NORM_FORWARD rq is 1. */
 typedef struct fqla__factors {
     float w[64];       /* gamma_j r_j: W = V - w K S0 */
     float update[64];  /* gamma_C / gamma_j r_j: rows of Vn into the update */
@@ -77,7 +77,9 @@ enum {
     FQLA__HALF_SHARED_BYTES = 187392,
     FQLA__CHUNK_ROWS = 64,               /* rows of a chunk */
     FQLA__LOAD_COLUMNS = 64,             /* columns of the boxes of q, k, v, o: 128 bytes, CU_TENSOR_MAP_SWIZZLE_128B */
-    FQLA__MOST_SEGMENTS = 64             /* of a sequence */
+    FQLA__MOST_SEGMENTS = 64,            /* of a sequence */
+    FQLA__L2NORM_PREPARE = 1,            /* rq is in what kernel prepare leaves, as a backward takes it */
+    FQLA__L2NORM_FORWARD = 2             /* kernel forward makes it of the q that it has, which spares prepare reading q */
 };
 
 /* The parameters of a forward's kernels, by value; each comes as _bf16 and _fp16, by plan dtype. In the order in which they run:
@@ -93,7 +95,7 @@ typedef struct fqla__forward_params {
     const float *A_log, *dt_bias;
     const void *h0;
     void *ht;
-    const void *q_rows; /* q again, for the l2norm's sums */
+    const void *q_rows; /* q again, for the l2norm's sums in kernel prepare */
     void *o_rows;       /* o again, for a sequence's last rows */
     void *snapshots;
     const int32_t *state_in, *state_out;
@@ -105,7 +107,8 @@ typedef struct fqla__forward_params {
     int64_t q_token, q_head, g_token, g_head, beta_token, beta_head, o_token, o_head; /* strides in elements */
     int32_t heads_qk, heads_v;
     int32_t head_map, state_layout, gate, beta_form; /* the enums of plan_desc */
-    int32_t negative_eigenvalues, l2norm;
+    int32_t negative_eigenvalues;
+    int32_t l2norm;           /* 0: none; else who multiplies by rq: FQLA__L2NORM_... */
     int32_t state_bf16;       /* states are bfloat16, else float32 */
     int32_t pool_size;        /* 0: no pool, states are [num_seqs, ...] */
     int32_t checkpoint_every; /* chunks between snapshots; 0: none */

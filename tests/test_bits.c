@@ -122,8 +122,27 @@ TEST neighbours(const case_spec *spec, bool backward, double value) {
     PASS();
 }
 
+/* A forward that leaves residuals has the same outputs as one that does not. */
+TEST residuals_change_no_bit(void) {
+    static test_case without, with;
+    case_spec spec = { .name = "residuals", .plan = { .heads_qk = 2, .heads_v = 4, .num_seqs = 3, .backward = 1, .l2norm = 1 },
+                       .lens = { 130, 3, 64 }, .seed = 10 };
+    int name;
+    ASSERT_EQ(FQLA_OK, open_small(&without, &spec));
+    ASSERT_EQ(FQLA_OK, case_run(&without));
+    spec.residuals = true;
+    ASSERT_EQ(FQLA_OK, open_small(&with, &spec));
+    ASSERT_EQ(FQLA_OK, case_run(&with));
+    for (name = T_O; name <= T_HT; name++)
+        ASSERT_MEM_EQ(without.t[name].buffer->after, with.t[name].buffer->after, with.t[name].buffer->size);
+    case_close(&without);
+    case_close(&with);
+    PASS();
+}
+
 SUITE(bits) {
     size_t i;
+    RUN_TEST(residuals_change_no_bit);
     for (i = 0; i < sizeof specs / sizeof specs[0]; i++) {
         const bool backward = specs[i].plan.backward;
         greatest_set_test_suffix(specs[i].name);

@@ -893,7 +893,7 @@ TEST the_launch_of_a_forward(void) {
     ASSERT(p.heads_qk == HEADS_QK && p.heads_v == HEADS_V);
     ASSERT(p.head_map == FQLA_HEAD_MAP_MOD && p.state_layout == FQLA_STATE_VK);
     ASSERT(p.gate == FQLA_GATE_RAW && p.beta_form == FQLA_BETA_SIGMOID);
-    ASSERT(p.negative_eigenvalues == 1 && p.l2norm == 1 && p.state_bf16 == 1);
+    ASSERT(p.negative_eigenvalues == 1 && p.l2norm == FQLA__L2NORM_FORWARD && p.state_bf16 == 1);
     ASSERT(p.pool_size == 9 && p.checkpoint_every == 2 && p.decode_tokens == 0 && p.scale == 0.5f);
     ASSERT(p.load_rows == 64 && p.heads_per_block == 2 && p.warm_up_log2 == -3.0f);
     fqla_free(context, memory);
