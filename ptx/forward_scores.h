@@ -29,11 +29,12 @@ static __device__ __forceinline__ float rows_norm(const Tile (&q)[2], int warp, 
     return half + __shfl_xor_sync(0xffffffffu, half, BLOCK);
 }
 
-/* normalise_q: with the l2norm's rq, which kernel prepare has left out of the factors. */
-static __device__ void run_scores(ForwardShared &s, bool normalise_q, int block_thread) {
-    const int first = uniform(s.segment.first - s.start), numbers = uniform(s.segment.end - s.start), len = uniform(s.segment.len - s.start * CHUNK);
+/* An item's chunks. normalise_q: with the l2norm's rq, which kernel prepare has left out of the factors. */
+static __device__ __forceinline__ void make_scores(ForwardShared &s, const Item &item, bool normalise_q, int block_thread,
+                                                   Ring &ring, Ring &out) {
+    const int first = uniform(item.segment.first - item.start), numbers = uniform(item.segment.end - item.start);
+    const int len = uniform(item.segment.len - item.start * CHUNK);
     const uint32_t first_slot = shared_units(s.chunk);
-    Ring ring = {0, 0}, out = {0, 0};
     float qk[32];
     for (int number = 0; number < numbers; number++) {
         const int thread = renewed(block_thread) & (WARPGROUP - 1), warp = thread / WARP, lane = thread % WARP;
@@ -48,7 +49,7 @@ static __device__ void run_scores(ForwardShared &s, bool normalise_q, int block_
             if (valid < CHUNK) {
                 clear_rows(in.k, 2, valid, thread);
                 clear_rows(in.v, STATE_WARPGROUPS, valid, thread);
-                mbarrier_arrive(&s.part_full);
+                mbarrier_arrive(&s.part_full[ring.slot]);
                 named_barrier<SCORES_BARRIER, WARPGROUP>();
             }
             const uint32_t units = first_slot + ring.slot * (sizeof(ChunkSlot) / 16);
@@ -69,7 +70,7 @@ static __device__ void run_scores(ForwardShared &s, bool normalise_q, int block_
             for (int e = 0; e < 8; e++) inside[e] = exp2_fast(rows[e / 2 % 2] - d.column[BLOCK * warp + column + e / 4 * 8 + e % 2]);
             wgmma_wait<0>();
             wgmma_settle(qk);
-            if (number >= OUT_SLOTS) mbarrier_wait(&s.out_full[out.slot], out.phase ^ 1); /* P of two chunks before is used */
+            mbarrier_wait(&s.out_full[out.slot], out.phase ^ 1); /* P of two chunks before is used */
 #pragma unroll
             for (int block = BLOCKS - 1; block >= 0; block--) {
                 float *value = &qk[8 * block];
@@ -92,13 +93,24 @@ static __device__ void run_scores(ForwardShared &s, bool normalise_q, int block_
                 store_block(to, warp, block, lane, value);
             }
             fence_proxy_async(); /* P goes to wgmma */
-        } else if (number >= OUT_SLOTS) { /* no P, but its place's phases stay in step with the state's */
+        } else { /* no P, but its place's phases stay in step with the state's */
             mbarrier_wait(&s.out_full[out.slot], out.phase ^ 1);
         }
         __syncwarp();
         if (lane == 0) mbarrier_arrive(&s.p_full[out.slot]);
         ring_next<SLOTS>(ring);
         ring_next<OUT_SLOTS>(out);
+    }
+}
+
+static __device__ void run_scores(ForwardShared &s, bool normalise_q, int thread) {
+    Ring items = {0, 0}, ring = {0, 0}, out = {0, 0};
+    for (;; ring_next<ITEMS>(items)) {
+        const Item &item = s.items[items.slot];
+        mbarrier_wait(&s.item_full[items.slot], items.phase);
+        if (uniform(item.segment.row < 0)) return;
+        arrive_warp(&s.item_begun[items.slot], thread % WARP);
+        make_scores(s, item, normalise_q, thread, ring, out);
     }
 }
 

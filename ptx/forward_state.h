@@ -90,35 +90,52 @@ static __device__ __forceinline__ void send_rows(const fqla__forward_params &p, 
         *(uint4 *)(to + row * p.o_token) = *(const uint4 *)(tile->bytes + row * 128 + (((2 * warp + lane % 2) ^ (row % 8)) * 16));
 }
 
-/* Wait until chunk number i is there; where a part of it is another sequence's, until that is zeros. Past the last there is
+/* A state warp's place in the rings, from item to item. */
+typedef struct Places {
+    Ring chunk, out;
+    uint32_t part_phases; /* of part_full, a bit a slot: few chunks use it */
+} Places;
+
+/* Wait until chunk number i is there; where a part of it is another sequence's, until that is zeros. Past the item's last there is
    nothing to wait for: its KS is issued all the same, of whatever lies in the slot, and not used, since a wgmma in flight on one of two
    paths would make the compiler wait for every one. */
-static __device__ __forceinline__ void wait_chunk(ForwardShared &s, const Ring &ring, int number, int whole, int numbers) {
+static __device__ __forceinline__ void wait_chunk(ForwardShared &s, Places &at, int number, int whole, int numbers) {
     if (number >= numbers) return;
-    if (number >= whole) mbarrier_wait(&s.part_full, 0);
-    mbarrier_wait(&s.chunk_full[ring.slot], ring.phase);
+    if (number >= whole) {
+        mbarrier_wait(&s.part_full[at.chunk.slot], at.part_phases >> at.chunk.slot & 1);
+        at.part_phases ^= 1u << at.chunk.slot;
+    }
+    mbarrier_wait(&s.chunk_full[at.chunk.slot], at.chunk.phase);
 }
 
-/* first_v: the block's first column. warm: the segment starts from zero. */
-static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s, int first_v, int warpgroup, int thread, bool warm) {
-    const Segment &segment = s.segment;
-    const int numbers = uniform(segment.end - s.start), warm_up = uniform(segment.first - s.start), every = p.checkpoint_every;
-    const int whole = uniform(segment.len / CHUNK - s.start); /* chunks with all of their rows */
+/* The warpgroup's first column. Asked for where it is used: a register less for the chunks' loop. */
+static __device__ __forceinline__ int first_column(const Item &item, int warpgroup) {
+    return item.first_v + warpgroup * STATE_COLUMNS;
+}
+
+static __device__ __forceinline__ void walk_item(const fqla__forward_params &p, ForwardShared &s, const Item &item, int warpgroup,
+                                                 int thread, const Lane &lane, Places &at) {
+    const Segment &segment = item.segment;
+    const int numbers = uniform(segment.end - item.start), warm_up = uniform(segment.first - item.start);
+    const int whole = uniform(segment.len / CHUNK - item.start); /* chunks with all of their rows */
+    const int every = p.checkpoint_every;
     const uint32_t first_slot = shared_units(s.chunk), first_p = shared_units(s.p);
-    const Lane lane = find_lane(thread);
-    Ring ring = {0, 0}, out = {0, 0};
+    Ring &ring = at.chunk, &out = at.out;
     float state[64], ks[32], o[32];
     uint32_t state16[32];
 
-    first_v += warpgroup * STATE_COLUMNS;
-    if (segment.kept >= 0 && !warm) load_kept(state, &p.states[segment.kept * p.heads_v + segment.head], first_v / STATE_COLUMNS, thread);
-    else if (segment.kept < 0 && segment.in >= 0) load_state(state, p.h0, segment.in, state_place(p, first_v, thread));
-    else clear_state(state);
+    if (segment.kept >= 0 && warm_up == 0)
+        load_kept(state, &p.states[segment.kept * p.heads_v + segment.head], first_column(item, warpgroup) / STATE_COLUMNS, thread);
+    else if (segment.kept < 0 && segment.in >= 0)
+        load_state(state, p.h0, segment.in, state_place(p, first_column(item, warpgroup), thread));
+    else
+        clear_state(state);
     int number = 0;
     for (; number < warm_up; number++) {
         const uint32_t units = first_slot + ring.slot * (sizeof(ChunkSlot) / 16);
-        wait_chunk(s, ring, number, whole, numbers);
-        mbarrier_wait(&s.p_full[out.slot], out.phase); /* there is none, but the phases stay in step */
+        wait_chunk(s, at, number, whole, numbers);
+        mbarrier_wait(&s.p_full[out.slot], out.phase); /* there is none, and no O, but the phases stay in step */
+        mbarrier_wait(&s.out_free[out.slot], out.phase ^ 1);
         advance_state(state, units, units + offsetof(ChunkSlot, t) / 16, s.chunk[ring.slot].factors, &s.chunk[ring.slot].v[warpgroup], lane);
         arrive_warp(&s.chunk_free[ring.slot], thread % WARP);
         arrive_warp(&s.out_full[out.slot], thread % WARP);
@@ -127,7 +144,7 @@ static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s
     }
 
     pack_operand(state16, state);
-    wait_chunk(s, ring, number, whole, numbers);
+    wait_chunk(s, at, number, whole, numbers);
 #pragma unroll
     for (int i = 0; i < 32; i++) ks[i] = o[i] = 0.0f;
     wgmma_fence();
@@ -151,8 +168,8 @@ static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s
         wgmma_fence();
         multiply_square(ks, vn16, units + offsetof(ChunkSlot, t) / 16);
         wgmma_commit();
-        wait_chunk(s, ring, number + 1, whole, numbers);
-        if (number >= OUT_SLOTS) mbarrier_wait(&s.out_free[now_out.slot], now_out.phase ^ 1);
+        wait_chunk(s, at, number + 1, whole, numbers);
+        mbarrier_wait(&s.out_free[now_out.slot], now_out.phase ^ 1);
         scale_state(state, factors.gamma_chunk);
         wgmma_wait<0>();
         wgmma_settle(ks);
@@ -176,14 +193,31 @@ static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s
         stage_output(o, p.scale, &s.o[now_out.slot][warpgroup], lane);
         arrive_warp(&s.out_full[now_out.slot], thread % WARP);
         if (__builtin_expect(every > 0, 0)) {
-            const int chunks = s.start + number + 1;
+            const int chunks = item.start + number + 1;
             if (chunks % every == 0 && chunks * CHUNK <= segment.len)
-                store_state(state, p.snapshots, (segment.snapshot + chunks / every - 1) * p.heads_v + segment.head, state_place(p, first_v, thread));
+                store_state(state, p.snapshots, (segment.snapshot + chunks / every - 1) * p.heads_v + segment.head,
+                            state_place(p, first_column(item, warpgroup), thread));
         }
     }
     wgmma_wait<0>();
-    if (segment.end * CHUNK > segment.len) send_rows(p, &s.o[out.slot ^ 1][warpgroup], segment, first_v, thread / WARP, thread % WARP);
-    if (segment.index == segment.segments - 1 && segment.out >= 0) store_state(state, p.ht, segment.out, state_place(p, first_v, thread));
+    if (segment.end * CHUNK > segment.len)
+        send_rows(p, &s.o[out.slot ^ 1][warpgroup], segment, first_column(item, warpgroup), renewed(thread) / WARP,
+                  renewed(thread) % WARP);
+    if (segment.index == segment.segments - 1 && segment.out >= 0)
+        store_state(state, p.ht, segment.out, state_place(p, first_column(item, warpgroup), thread));
+}
+
+static __device__ void run_state(const fqla__forward_params &p, ForwardShared &s, int warpgroup, int thread) {
+    const Lane lane = find_lane(thread);
+    Ring items = {0, 0};
+    Places at = {{0, 0}, {0, 0}, 0};
+    for (;; ring_next<ITEMS>(items)) {
+        const Item &item = s.items[items.slot];
+        mbarrier_wait(&s.item_full[items.slot], items.phase);
+        if (uniform(item.segment.row < 0)) return;
+        arrive_warp(&s.item_begun[items.slot], thread % WARP);
+        walk_item(p, s, item, warpgroup, thread, lane, at);
+    }
 }
 
 #endif

@@ -38,10 +38,4 @@ template <int registers> static __device__ __forceinline__ void grow_registers(v
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
 }
 
-static __device__ __forceinline__ uint32_t count_multiprocessors(void) {
-    uint32_t count;
-    asm("mov.u32 %0, %%nsmid;" : "=r"(count));
-    return count;
-}
-
 #endif

@@ -439,6 +439,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__PREPARE_THREADS, 6)
     const bool has_head = warp < p.heads_per_block;
 
     grid_launch_dependents();
+    if (blockIdx.x == 0 && thread == 0) p.prepared->factors.taken = 0;
     int64_t first_row;
     int valid;
     const int64_t num_seqs = p.table->num_seqs, chunks = p.table->chunks; /* one load, not one after the other */

@@ -266,7 +266,8 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     const bool decode = run->decode_tokens > 0, cut = !decode && plan->cuda.schedule.extra_segments > 0, half = !decode && plan->cuda.schedule.v_split == 2;
     const char *function = decode ? "fqla_decode" : "fqla_forward";
     const int64_t chunks = decode ? d->max_seqs : fqla__cuda_max_chunks(d), heads = d->heads_v;
-    const int64_t segments = decode ? d->max_seqs : fqla__cuda_max_segments(plan), kept = fqla__cuda_max_kept(plan);
+    const int64_t kept = fqla__cuda_max_kept(plan), sm_count = plan->context->summary.sm_count;
+    const int64_t items = (decode ? d->max_seqs : fqla__cuda_max_segments(plan)) * heads * (half ? 2 : 1);
     fqla__forward_params p;
     fqla_status status;
     if (d->low_memory && !decode && run->residuals == NULL)
@@ -288,8 +289,9 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     if (status == FQLA_OK && cut)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_SCAN, kept * heads * 2, FQLA__SCAN_THREADS, true, &p, stream);
     if (status == FQLA_OK)
-        status = fqla__cuda_launch(plan, function, half ? FQLA__KERNEL_FORWARD_HALF_BF16 : FQLA__KERNEL_FORWARD_BF16, segments * heads * (half ? 2 : 1),
-                                   half ? FQLA__HALF_THREADS : FQLA__FORWARD_THREADS, true, &p, stream);
+        status = fqla__cuda_launch(plan, function, half ? FQLA__KERNEL_FORWARD_HALF_BF16 : FQLA__KERNEL_FORWARD_BF16,
+                                   items < sm_count ? items : sm_count, half ? FQLA__HALF_THREADS : FQLA__FORWARD_THREADS, true, &p,
+                                   stream);
     fqla__cuda_leave(plan->context);
     return status;
 }

@@ -45,7 +45,8 @@ typedef struct fqla__factors {
     float block[4];    /* log2 of a whole 16-block's decay */
     float gamma_chunk; /* gamma_C */
     float norm;        /* at most log2 of the chunk's transition's norm: the sum of log2 alpha_t + log2 max(1, |1 - beta_t |k_t|^2|) */
-    float padding[2];
+    uint32_t taken;    /* the first chunk's and head's: items that kernel forward's blocks have taken but for each one's first */
+    float padding;
 } fqla__factors;
 
 /* What kernel prepare leaves in the workspace for every chunk and v-head, [chunk][heads_v]: 6.5 KB. */
@@ -86,7 +87,8 @@ enum {
    prepare   grid chunks * heads_v / heads_per_block, chunk by chunk
    states    grid kept segments * heads_v * 4: the halves of a segment's state, then of its transition    } where the plan may cut
    scan      grid kept segments * heads_v * 2, of which a sequence's first segment's blocks work          } sequences
-   forward   grid segments * heads_v, or, with V over two blocks, half: segments * heads_v * 2
+   forward   segments * heads_v items, or, with V over two blocks, half: segments * heads_v * 2; grid: as many, but no more than
+             multiprocessors
    The tensor maps have three dimensions, innermost first: 128 elements, the rows (stride token), the heads (stride head).
    Boxes: 64 x load_rows x 1. Rows: max_tokens, or max_seqs for a decode, which loads no row but its own. */
 typedef struct fqla__forward_params {

@@ -1009,6 +1009,37 @@ TEST a_run_is_captured(void) {
     return clean();
 }
 
+/* Where there are more items the forward's blocks take one after the other. */
+TEST no_more_blocks_than_multiprocessors(void) {
+    enum { MOST = 40, MULTIPROCESSORS = 132 };
+    const run_blocks decode = {.prepare = MOST * HEADS_V / 2, .forward = MULTIPROCESSORS};
+    fqla_context *context = open_cuda();
+    void *memory = NULL;
+    int32_t split;
+    ASSERT_EQ(FQLA_OK, fqla_alloc(context, args_bytes + MOST * HEADS_V * 65536, &memory));
+    for (split = 1; split <= 2; split++) {
+        run_blocks forward = {.prepare = (TOKENS / 64 + MOST) * HEADS_V / 2};
+        const fqla_forward_args args = args_in(memory);
+        const fqla_decode_args decode_args = decode_args_in(memory);
+        const int launches = fake.fake_cuda_launches();
+        fqla_plan_desc desc = plan_desc();
+        fqla_plan *plan = NULL;
+        desc.max_seqs = MOST;
+        desc.v_split = split;
+        desc.segment_chunks = -1;
+        *(split == 1 ? &forward.forward : &forward.forward_half) = MULTIPROCESSORS;
+        ASSERT_EQ(FQLA_OK, fqla_plan_create(context, &desc, &plan));
+        ASSERT_EQ(FQLA_OK, fqla_forward(plan, &args, NULL));
+        ASSERT_EQ(FQLA_OK, fqla_decode(plan, &decode_args, NULL));
+        CHECK_CALL(run_launched(launches, "bf16", forward, NULL, 0));
+        CHECK_CALL(run_launched(launches + 2, "bf16", decode, NULL, 0));
+        fqla_plan_destroy(plan);
+    }
+    fqla_free(context, memory);
+    ASSERT_EQ(FQLA_OK, fqla_context_destroy(context));
+    return clean();
+}
+
 /* A block of kernel prepare serves up to four v-heads of a q/k head, a warp each: a divisor of their number. */
 TEST heads_per_block(void) {
     static const int per_ratio[] = {0, 1, 2, 3, 4, 1, 3, 1, 4, 3, 2, 1, 4}; /* by v-heads of a q/k head */
@@ -1149,6 +1180,7 @@ SUITE(runs) {
     RUN_TEST(the_launch_of_a_decode);
     RUN_TEST(no_tokens_at_all);
     RUN_TEST(a_run_is_captured);
+    RUN_TEST(no_more_blocks_than_multiprocessors);
     RUN_TEST(heads_per_block);
     RUN_TEST(whose_workspace);
     RUN_TEST(bad_arguments);
