@@ -75,6 +75,7 @@ extern "C" __global__ void __launch_bounds__(FORWARD_THREADS, 1)
         tma_prefetch(&p.q);
         tma_prefetch(&p.o);
     }
+    if (thread == (STATE_WARPGROUPS + 1) * WARPGROUP + ITEMS_WARP * WARP) look_up(p, s.items[0], blockIdx.x);
     for (int i = 0; i < SLOTS; i++) clear_square(&s.chunk[i].t, thread, FORWARD_THREADS); /* above their diagonal blocks they stay zero */
     for (int i = 0; i < OUT_SLOTS; i++) clear_square(&s.p[i], thread, FORWARD_THREADS);
     fence_proxy_async();

@@ -53,7 +53,7 @@ static __device__ __forceinline__ void store_output(const fqla__forward_params &
 
 static __device__ __forceinline__ void run_copies(const fqla__forward_params &p, ForwardShared &s, int thread) {
     Ring items = {0, 0}, ring = {0, 0};
-    if (thread / WARP == 2) find_items(p, s, thread);
+    if (thread / WARP == ITEMS_WARP) find_items(p, s, thread);
     if (thread != 0 && thread != WARP) return;
     for (;; ring_next<ITEMS>(items)) {
         const Item &item = s.items[items.slot];

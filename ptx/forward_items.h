@@ -11,6 +11,8 @@
 #include "forward_shared.h"
 #include "grid.h"
 
+enum { ITEMS_WARP = 2 }; /* of the copies' warpgroup */
+
 /* By a warp. */
 static __device__ __forceinline__ void zero_output(const fqla__forward_params &p, const Item &item, int lane) {
     enum { UNITS = STATE_WARPGROUPS * STATE_COLUMNS / 8 };
@@ -29,22 +31,21 @@ static __device__ __forceinline__ void prefetch_state(const fqla__forward_params
         bulk_prefetch((const char *)p.h0 + item.segment.in * bytes + part * share, share);
 }
 
+/* What needs nothing of the kernels before this one. By a thread. */
+static __device__ __forceinline__ void look_up(const fqla__forward_params &p, Item &item, uint32_t number) {
+    const uint32_t parts = (uint32_t)renewed(p.heads_v) * SPLIT, part = number % SPLIT; /* renewed: it keeps none of the 24 registers */
+    item.first_v = (int32_t)part * STATE_COLUMNS * STATE_WARPGROUPS;
+    if (find_segment(p, number / parts, (int)(number % parts / SPLIT), part == 0, &item.segment)) prefetch_state(p, item, part);
+    else item.segment.row = -1;
+}
+
+/* The first has been looked up. */
 static __device__ void find_items(const fqla__forward_params &p, ForwardShared &s, int thread) {
-    uint32_t number = blockIdx.x;
     Ring ring = {0, 0};
     for (;;) {
         Item &item = s.items[ring.slot];
-        if (renewed(thread) % WARP == 0) { /* renewed: what can be worked out again is to keep none of the 24 registers */
-            const uint32_t parts = (uint32_t)renewed(p.heads_v) * SPLIT, part = number % SPLIT;
-            item.first_v = (int32_t)part * STATE_COLUMNS * STATE_WARPGROUPS;
-            if (find_segment(p, number / parts, (int)(number % parts / SPLIT), part == 0, &item.segment))
-                prefetch_state(p, item, part);
-            else
-                item.segment.row = -1;
-        }
-        __syncwarp();
         const int lane = renewed(thread) % WARP;
-        grid_wait(); /* what is above needs nothing of the kernels before this one */
+        grid_wait();
         if (item.segment.row >= 0 && item.segment.padding) {
             zero_output(p, item, lane);
         } else {
@@ -60,7 +61,8 @@ static __device__ void find_items(const fqla__forward_params &p, ForwardShared &
             ring_next<ITEMS>(ring);
         }
         __syncwarp();
-        if (renewed(thread) % WARP == 0) number = gridDim.x + atomicAdd(&p.prepared->factors.taken, 1u);
+        if (renewed(thread) % WARP == 0) look_up(p, s.items[ring.slot], gridDim.x + atomicAdd(&p.prepared->factors.taken, 1u));
+        __syncwarp();
     }
 }
 

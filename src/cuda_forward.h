@@ -276,7 +276,7 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     fqla__cuda_forward_params(run, &p);
-    if (d->l2norm && run->residuals == NULL) p.l2norm = FQLA__L2NORM_FORWARD;
+    if (d->l2norm && run->residuals == NULL && !half) p.l2norm = FQLA__L2NORM_FORWARD; /* forward_half has no time for it */
     if ((status = fqla__cuda_check_stream(plan->context, function, stream)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.q, run->q, d->heads_qk, &s->q, p.load_rows)) == FQLA_OK &&
         (status = fqla__cuda_tensor_map(run, function, &p.k, run->k, d->heads_qk, &s->k, p.load_rows)) == FQLA_OK &&

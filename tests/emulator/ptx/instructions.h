@@ -10,6 +10,5 @@ static inline int renewed(int value) { return value; }
 template <int number, int threads> static inline void named_barrier(void) { emulator_meet_named(number, threads); }
 template <int registers> static inline void shrink_registers(void) {}
 template <int registers> static inline void grow_registers(void) {}
-static inline uint32_t count_multiprocessors(void) { return 1; }
 
 #endif
