@@ -33,7 +33,7 @@ static __device__ __forceinline__ void prefetch_state(const fqla__forward_params
 
 /* What needs nothing of the kernels before this one. By a thread. */
 static __device__ __forceinline__ void look_up(const fqla__forward_params &p, Item &item, uint32_t number) {
-    const uint32_t parts = (uint32_t)renewed(p.heads_v) * SPLIT, part = number % SPLIT; /* renewed: it keeps none of the 24 registers */
+    const uint32_t parts = (uint32_t)renewed(p.heads_v) * SPLIT, part = number % SPLIT; /* renewed: of 24 registers it keeps none */
     item.first_v = (int32_t)part * STATE_COLUMNS * STATE_WARPGROUPS;
     if (find_segment(p, number / parts, (int)(number % parts / SPLIT), part == 0, &item.segment)) prefetch_state(p, item, part);
     else item.segment.row = -1;

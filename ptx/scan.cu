@@ -33,6 +33,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__SCAN_THREADS, 1) scan(const _
     Segment segment;
 
     grid_launch_dependents();
+    if (number >= p.table->kept && blockIdx.x > 0) return; /* as in states.cu */
     grid_wait();
     if (number >= p.table->kept) return;
     find_segment(p, number, head, false, &segment);

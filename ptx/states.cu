@@ -120,6 +120,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__STATES_THREADS, 2)
     const int64_t number = blockIdx.x / 4 / (uint32_t)p.heads_v;
 
     grid_launch_dependents();
+    if (number >= p.table->kept && blockIdx.x > 0) return; /* while prepare runs; the first block waits, for this kernel to end after it */
     grid_wait();
     if (number >= p.table->kept) return;
     if (thread < WARP) {
