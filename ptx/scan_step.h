@@ -1,53 +1,188 @@
-/* What kernels scan and backward_scan have in common: their shared memory, and a step's product. A step is a segment. */
+/* What kernels scan and backward_scan have in common: what segments start from, one after the other. A step is a segment, forwards,
+   or backwards with dS for S and M's transpose for M:
+
+       S_{f+1} = last state of f                        where f is the first or warm
+                 S_loc_f + M_f S_f                      where f is exact
+
+   M is fp16, and so is S, divided by a power of two that brings the block's part of it to at most 1: a product loses 2e-4, an
+   eighth of what a chunk's bfloat16 operands lose.
+
+   A block is a quarter of the state's columns (v), which need nothing of one another. Two warpgroups, a half of the rows (k) each, hold
+   S in float32: M from shared memory is the left operand, S in 16 bits, which all threads write, the right one. A warp loads. The
+   chain of a step: the largest element of all, S to shared memory, 256 tensor cycles, sum; S_loc is read and S_f stored under the
+   product. 48 KB a step come in, 800 cycles at what one multiprocessor takes. */
 #ifndef FLASHQLA_SCAN_STEP_H
 #define FLASHQLA_SCAN_STEP_H
 
+#include "ring.h"
 #include "segment.h"
-#include "state.h"
 
-enum { SLOTS = 3 };
+enum { SLOTS = 4, QUARTERS = 4, COLUMNS = DIM / QUARTERS, MULTIPLIERS = 2 * WARPGROUP, LOADER_WARP = MULTIPLIERS / WARP };
+static_assert(FQLA__SCAN_THREADS == MULTIPLIERS + WARP, "and a warp that loads");
 
+/* What a step brings: 48 KB, as it lies in the workspace */
 typedef struct __align__(1024) StepSlot {
-    Tile transition[4];           /* M transposed: [rows / 64][columns / 64] */
-    float last[16][WARPGROUP][4]; /* S_loc, as its threads hold it */
-} StepSlot;                       /* 64 KB */
+    Tile transition[4];                /* M transposed: [rows / 64][columns / 64] */
+    float last[DIM / 8][WARP * 2][4];  /* S_loc, as the threads of a state's warpgroup hold it */
+} StepSlot;
 
 typedef struct __align__(1024) ScanShared {
-    StepSlot step[SLOTS];       /* step i uses slot i % 3 */
-    uint64_t full[SLOTS];
-    int32_t exact[FQLA__MOST_SEGMENTS + 1]; /* by step; the one past the last is not */
+    StepSlot step[SLOTS];                             /* step i of those that are multiplied uses slot i % 4 */
+    __align__(1024) unsigned char state[2][4096];     /* S / scale in fp16: [half of k], rows v of 64 k, 128-byte swizzle */
+    uint32_t largest[MULTIPLIERS / WARP];             /* a warp's largest element's bits */
+    uint64_t full[SLOTS];                             /* copy engine -> multipliers */
+    uint64_t free[SLOTS];                             /* multipliers -> loader */
+    int32_t exact[FQLA__MOST_SEGMENTS + 1];           /* by step; the one past the last is not */
 } ScanShared;
 
-static_assert(sizeof(StepSlot) == sizeof(fqla__kept_transition) + sizeof(fqla__kept_state) / 2, "copied as they are");
+static_assert(sizeof(ScanShared) == FQLA__SCAN_SHARED_BYTES, "what the host asks for");
+static_assert(sizeof(StepSlot) == sizeof(fqla__kept_transition) + sizeof(fqla__kept_state) / QUARTERS, "copied as they are");
+
+/* The steps of a sequence's v-head: step f's entries in the workspace are `apart` from those of the one before. */
+typedef struct Steps {
+    fqla__kept_state *states;                /* a segment's last state, then what it starts from */
+    const fqla__kept_transition *transitions;
+    int64_t apart;
+    int32_t count, quarter;
+} Steps;
+
+/* A thread's elements: s[4j + 2r + c] is row k + 8 r, column v(j, c) of the quarter. Which columns of the product are which v is free;
+   this order has a warp's 32 floats side by side in the layout that state warpgroups keep a state in. */
+typedef struct Part {
+    int32_t k, v; /* v(0, 0), of the quarter's */
+    int32_t kept; /* of element 0 in a quarter's floats */
+} Part;
+
+static __device__ __forceinline__ Part find_part(int thread) {
+    const int warp = thread / WARP, lane = thread % WARP;
+    Part part;
+    part.k = BLOCK * warp + lane / 4;
+    part.v = lane % 2 + lane / 2 % 2 * 8;
+    part.kept = warp * 2 * 256 + lane % 2 * 16 + lane / 8 * 4 + lane / 2 % 2 * 2 + lane / 4 % 2;
+    return part;
+}
+
+/* v(j, c) - v(0, 0) and where the element lies from the first, both of element i. */
+static __device__ __forceinline__ int part_v(int i) { return i % 2 * 2 + i / 4 % 2 * 4 + i / 8 * 16; }
+static __device__ __forceinline__ int part_kept(int i) { return i / 2 % 2 * 256 + i / 4 * 64 + i % 2 * 32; }
+
+static __device__ __forceinline__ void init_steps(ScanShared &s) {
+    for (int i = 0; i < SLOTS; i++) {
+        mbarrier_init(&s.full[i], 1);
+        mbarrier_init(&s.free[i], MULTIPLIERS / WARP);
+    }
+    mbarrier_init_fence();
+}
 
 /* The first step from f on whose end is wanted. */
-static __device__ __forceinline__ int next_wanted(const ScanShared &s, int f, int segments) {
-    while (f < segments && !s.exact[f + 1]) f++;
+static __device__ __forceinline__ int next_wanted(const ScanShared &s, int f, int count) {
+    while (f < count && !s.exact[f + 1]) f++;
     return f;
 }
 
-/* A row's elements as scale times fp16: scale is the power of two above the largest, or anything where that is not finite. */
-static __device__ __forceinline__ void pack_rows(const float (&state)[64], uint32_t (&packed)[32], float (&scale)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        float most = 0.0f;
-#pragma unroll
-        for (int j = 0; j < DIM / 8; j++) most = fmaxf(most, fmaxf(fabsf(state[4 * j + 2 * half]), fabsf(state[4 * j + 2 * half + 1])));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-        const int exponent = min(max((int)(__float_as_uint(most) >> 23) + 1, 2), 252); /* biased; its negative is one too */
-        const float inverse = __uint_as_float((uint32_t)(254 - exponent) << 23);
-        scale[half] = __uint_as_float((uint32_t)exponent << 23);
-#pragma unroll
-        for (int j = 0; j < DIM / 8; j++) packed[2 * j + half] = pack_fp16(state[4 * j + 2 * half] * inverse, state[4 * j + 2 * half + 1] * inverse);
+/* By one thread. */
+static __device__ __forceinline__ void load_steps(ScanShared &s, const Steps &steps) {
+    Ring ring = {0, 0};
+    for (int f = next_wanted(s, 0, steps.count); f < steps.count; f = next_wanted(s, f + 1, steps.count)) {
+        StepSlot &to = s.step[ring.slot];
+        uint64_t *full = &s.full[ring.slot];
+        mbarrier_wait(&s.free[ring.slot], ring.phase ^ 1);
+        mbarrier_arrive_expect(full, (s.exact[f] ? (uint32_t)sizeof to.transition : 0) + (uint32_t)sizeof to.last);
+        if (s.exact[f]) bulk_load(to.transition, &steps.transitions[f * steps.apart], sizeof to.transition, full);
+        bulk_load(to.last, steps.states[f * steps.apart].values[steps.quarter], sizeof to.last, full);
+        ring_next<SLOTS>(ring);
     }
 }
 
-/* d += left operand [64 x 128] by M transposed. m: its units. */
-static __device__ __forceinline__ void multiply_transition(float (&d)[64], const uint32_t (&a)[32], uint32_t m) {
+/* The block's part of S in shared memory, for the product; returns what it was divided by. */
+static __device__ __forceinline__ float share_state(ScanShared &s, const float (&state)[16], int thread) {
+    const int warp = thread / WARP, lane = thread % WARP;
+    float most = 0.0f;
+    uint32_t bits = 0;
 #pragma unroll
-    for (int step = 0; step < DIM / 16; step++)
-        wgmma_64x128_transposed(d, &a[4 * step], tile_descriptor(m + step / 4 * 2 * TILE_UNITS + step % 4 * 128, TILE_UNITS));
+    for (int i = 0; i < 16; i++) most = fmaxf(most, fabsf(state[i]));
+    bits = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
+    if (lane == 0) s.largest[warp] = bits;
+    named_barrier<1, MULTIPLIERS>();
+#pragma unroll
+    for (int i = 0; i < MULTIPLIERS / WARP; i++) bits = max(bits, s.largest[i]);
+    const int exponent = min(max((int)(bits >> 23) + 1, 2), 252); /* biased; its negative is one too */
+    const float inverse = __uint_as_float((uint32_t)(254 - exponent) << 23);
+#pragma unroll
+    for (int pair = 0; pair < 2; pair++) {
+        const float *d = &state[8 * pair];
+        const int v = 16 * pair + lane / 16 * 8 + lane % 8, unit = warp % 4 * 2 + lane / 8 % 2;
+        store_tiles_transposed(shared_address(s.state[warp / 4]) + v * 128 + ((unit ^ (v % 8)) * 16),
+                               pack_fp16(d[0] * inverse, d[1] * inverse), pack_fp16(d[2] * inverse, d[3] * inverse),
+                               pack_fp16(d[4] * inverse, d[5] * inverse), pack_fp16(d[6] * inverse, d[7] * inverse));
+    }
+    fence_proxy_async();
+    named_barrier<1, MULTIPLIERS>();
+    return __uint_as_float((uint32_t)exponent << 23);
+}
+
+/* d += M S of the warpgroup's rows, or with M's transpose. m, state: their units. */
+template <bool reverse>
+static __device__ __forceinline__ void multiply_transition(float (&d)[16], uint32_t m, uint32_t state, int warpgroup) {
+#pragma unroll
+    for (int step = 0; step < DIM / 16; step++) {
+        const uint64_t right = tile_descriptor(state + step / 4 * (4096 / 16) + step % 4 * 2, 0);
+        if (reverse) wgmma_64x32_shared<0>(d, tile_descriptor(m + warpgroup * 2 * TILE_UNITS + step_units(step), 0), right);
+        else wgmma_64x32_shared<1>(d, tile_descriptor(m + (step / 4 * 2 + warpgroup) * TILE_UNITS + step % 4 * 128, 0), right);
+    }
+}
+
+/* From S's place in the workspace, or from a slot's S_loc; and back. */
+static __device__ __forceinline__ void load_part(float (&state)[16], const float *from) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) state[i] = from[part_kept(i)];
+}
+
+static __device__ __forceinline__ void store_part(const float (&state)[16], float *to) {
+#pragma unroll
+    for (int i = 0; i < 16; i++) to[part_kept(i)] = state[i];
+}
+
+/* state: what the first step starts from; keeps_first: it is left in the workspace like those of the exact ones. */
+template <bool reverse>
+static __device__ __forceinline__ void run_steps(ScanShared &s, const Steps &steps, float (&state)[16], bool keeps_first, int thread) {
+    const int warpgroup = uniform(thread / WARPGROUP), count = uniform(steps.count), lane = thread % WARP;
+    const uint32_t first_slot = shared_units(s.step), state_units = shared_units(s.state);
+    const Part part = find_part(thread);
+    Ring ring = {0, 0};
+    int wanted = uniform(next_wanted(s, 0, count));
+    for (int f = 0; f < count; f++) {
+        const int exact = uniform(s.exact[f]);
+        float *place = &steps.states[f * steps.apart].values[steps.quarter][0][0][0] + part.kept;
+        if (f != wanted) {
+            if (exact || (f == 0 && keeps_first)) store_part(state, place);
+            continue;
+        }
+        const float *last = &s.step[ring.slot].last[0][0][0] + part.kept;
+        if (exact) {
+            float d[16];
+            const float scale = share_state(s, state, thread);
+#pragma unroll
+            for (int i = 0; i < 16; i++) d[i] = 0.0f;
+            mbarrier_wait(&s.full[ring.slot], ring.phase);
+            wgmma_fence();
+            multiply_transition<reverse>(d, first_slot + ring.slot * (sizeof(StepSlot) / 16), state_units, warpgroup);
+            wgmma_commit();
+            store_part(state, place);
+            load_part(state, last);
+            wgmma_wait<0>();
+            wgmma_settle(d);
+#pragma unroll
+            for (int i = 0; i < 16; i++) state[i] += scale * d[i];
+        } else {
+            mbarrier_wait(&s.full[ring.slot], ring.phase);
+            if (f == 0 && keeps_first) store_part(state, place);
+            load_part(state, last);
+        }
+        arrive_warp(&s.free[ring.slot], lane);
+        ring_next<SLOTS>(ring);
+        wanted = uniform(next_wanted(s, f + 1, count));
+    }
 }
 
 #endif

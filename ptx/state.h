@@ -68,12 +68,12 @@ static __device__ __forceinline__ void store_state(const float (&state)[64], voi
 /* To and from the workspace: half 0 or 1 of the state's columns, by the 128 threads of a warpgroup. */
 static __device__ __forceinline__ void load_kept(float (&state)[64], const fqla__kept_state *kept, int half, int thread) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) *(float4 *)&state[4 * i] = *(const float4 *)kept->values[half][i][thread];
+    for (int i = 0; i < 16; i++) *(float4 *)&state[4 * i] = *(const float4 *)kept->values[2 * half + thread / 64][i][thread % 64];
 }
 
 static __device__ __forceinline__ void store_kept(const float (&state)[64], fqla__kept_state *kept, int half, int thread) {
 #pragma unroll
-    for (int i = 0; i < 16; i++) *(float4 *)kept->values[half][i][thread] = make_float4(state[4 * i], state[4 * i + 1], state[4 * i + 2], state[4 * i + 3]);
+    for (int i = 0; i < 16; i++) *(float4 *)kept->values[2 * half + thread / 64][i][thread % 64] = make_float4(state[4 * i], state[4 * i + 1], state[4 * i + 2], state[4 * i + 3]);
 }
 
 static __device__ __forceinline__ void clear_state(float (&state)[64]) {

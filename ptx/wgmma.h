@@ -80,6 +80,17 @@ static __device__ __forceinline__ void wgmma_64x64_again(float (&d)[32], const u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
+/* d [64 x 32] += a [64 x 16, shared memory] b [16 x 32]; a transposed: M along the rows of the tile */
+template <int a_transposed> static __device__ __forceinline__ void wgmma_64x32_shared(float (&d)[16], uint64_t a, uint64_t b) {
+    asm volatile(
+        "{.reg .pred accumulate; setp.eq.b32 accumulate, 0, 0; wgmma.mma_async.sync.aligned.m64n32k16.f32." ELEMENT_PTX "." ELEMENT_PTX " {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+        "%16, %17, accumulate, 1, 1, %18, 0;}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),
+          "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+        : "l"(a), "l"(b), "n"(a_transposed));
+}
+
 /* d [64 x 128] += a [64 x 16, registers] b [16 x 128], b transposed: N along the rows of the tile */
 static __device__ __forceinline__ void wgmma_64x128_transposed(float (&d)[64], const uint32_t *a, uint64_t b) {
     asm volatile(

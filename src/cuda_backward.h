@@ -84,7 +84,7 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
         dependent = true;
         p->first_pass = 0;
         if (status == FQLA_OK)
-            status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_SCAN, kept * heads * 4, FQLA__BACKWARD_SCAN_THREADS,
+            status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_SCAN, kept * heads * 8, FQLA__BACKWARD_SCAN_THREADS,
                                        true, &p->forward, stream);
     }
     if (status == FQLA_OK)

@@ -16,8 +16,8 @@ typedef struct fqla__chunk_states {
 enum {
     FQLA__CHAINS_THREADS = 384,          /* a warpgroup that owns 64 state columns, one that makes P, one that copies */
     FQLA__CHAINS_SHARED_BYTES = 227328,  /* ChainShared in ptx/backward_chain_shared.h */
-    FQLA__BACKWARD_SCAN_THREADS = 128,   /* a warpgroup that owns 64 state columns */
-    FQLA__BACKWARD_SCAN_SHARED_BYTES = 197632, /* ScanShared in ptx/backward_scan.cu */
+    FQLA__BACKWARD_SCAN_THREADS = 288,   /* as kernel scan's */
+    FQLA__BACKWARD_SCAN_SHARED_BYTES = 205824, /* ScanShared in ptx/scan_step.h */
     FQLA__GRADIENTS_THREADS = 512,       /* a warpgroup for dq, one for dk, one for the 64 x 64 matrices, one for loads and gates */
     FQLA__GRADIENTS_SHARED_BYTES = 227328, /* GradientsShared in ptx/backward_shared.h */
     FQLA__SUMS_THREADS = 256,
@@ -27,7 +27,7 @@ enum {
 /* The parameters of a backward's kernels, by value. In the order in which they run:
    prepare              the forward's, where it has left no residuals
    backward_chains      grid kept segments * heads_v * 2 halves of V * 3: the first pass          } where the plan may cut
-   backward_scan        grid kept segments * heads_v * 2 * 2, of which a sequence's first work    } sequences
+   backward_scan        grid kept segments * heads_v * 4 * 2, of which a sequence's first work    } sequences
    backward_chains      grid segments * heads_v * 2 halves of V * 2: the reverse recurrences, then the passes over the states
    backward_gradients   grid multiprocessors, or chunks * heads_qk where those are fewer
    backward_sums        grid heads_v; with the raw gates alone

@@ -287,7 +287,7 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     if (status == FQLA_OK && cut)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_STATES_BF16, kept * heads * 4, FQLA__STATES_THREADS, true, &p, stream);
     if (status == FQLA_OK && cut)
-        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_SCAN, kept * heads * 2, FQLA__SCAN_THREADS, true, &p, stream);
+        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_SCAN, kept * heads * 4, FQLA__SCAN_THREADS, true, &p, stream);
     if (status == FQLA_OK)
         status = fqla__cuda_launch(plan, function, half ? FQLA__KERNEL_FORWARD_HALF_BF16 : FQLA__KERNEL_FORWARD_BF16,
                                    items < sm_count ? items : sm_count, half ? FQLA__HALF_THREADS : FQLA__FORWARD_THREADS, true, &p,

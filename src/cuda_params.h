@@ -55,9 +55,10 @@ typedef struct fqla__prepared_chunk {
     fqla__factors factors;
 } fqla__prepared_chunk;
 
-/* A state of a v-head between kernels, as its threads hold it: [half of V][i][thread of the warpgroup], 64 KB. */
+/* A state of a v-head between kernels, as the threads of its two halves' warpgroups hold it: [quarter of V, two warps'][i][thread of the
+   two], 64 KB. */
 typedef struct fqla__kept_state {
-    float values[2][16][128][4];
+    float values[4][16][64][4];
 } fqla__kept_state;
 
 /* A segment's transition M, transposed: 128 x 128 fp16, four tiles of 64 x 64, 128-byte swizzle: [rows / 64][columns / 64]. 32 KB */
@@ -70,8 +71,8 @@ enum {
     FQLA__PREPARE_SHARED_BYTES = 35840,  /* dynamic shared memory: PrepareShared in ptx/prepare.cu */
     FQLA__STATES_THREADS = 256,          /* a warpgroup that owns 64 state columns, one that loads */
     FQLA__STATES_SHARED_BYTES = 105472,  /* StatesShared in ptx/states.cu */
-    FQLA__SCAN_THREADS = 128,            /* a warpgroup that owns 64 state columns */
-    FQLA__SCAN_SHARED_BYTES = 197632,    /* ScanShared in ptx/scan.cu */
+    FQLA__SCAN_THREADS = 288,            /* two warpgroups that multiply, a warp that loads */
+    FQLA__SCAN_SHARED_BYTES = 205824,    /* ScanShared in ptx/scan_step.h */
     FQLA__FORWARD_THREADS = 512,         /* whole V: two warpgroups that own 64 state columns each, one that makes P, one that copies */
     FQLA__FORWARD_SHARED_BYTES = 228352, /* ForwardShared in ptx/forward_shared.h */
     FQLA__HALF_THREADS = 384,            /* V over two blocks: one of each */
@@ -86,7 +87,7 @@ enum {
 /* The parameters of a forward's kernels, by value; each comes as _bf16 and _fp16, by plan dtype. In the order in which they run:
    prepare   grid chunks * heads_v / heads_per_block, chunk by chunk
    states    grid kept segments * heads_v * 4: the halves of a segment's state, then of its transition    } where the plan may cut
-   scan      grid kept segments * heads_v * 2, of which a sequence's first segment's blocks work          } sequences
+   scan      grid kept segments * heads_v * 4, of which a sequence's first segment's blocks work          } sequences
    forward   segments * heads_v items, or, with V over two blocks, half: segments * heads_v * 2; grid: as many, but no more than
              multiprocessors
    The tensor maps have three dimensions, innermost first: 128 elements, the rows (stride token), the heads (stride head).

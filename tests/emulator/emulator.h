@@ -108,6 +108,11 @@ static inline uint32_t __ballot_sync(uint32_t, bool vote) {
     for (int i = 0; i < 32; i++) ballot |= (uint32_t)votes[i] << i;
     return ballot;
 }
+static inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+    const uint64_t *values = emulator_exchange(value);
+    for (int i = 0; i < 32; i++) value = values[i] > value ? (uint32_t)values[i] : value;
+    return value;
+}
 static inline bool __any_sync(uint32_t mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
 static inline void __syncwarp() { emulator_meet_warp(); }
 static inline void __syncthreads() { emulator_meet_block(); }
@@ -134,6 +139,7 @@ static inline uint32_t atomicAdd(uint32_t *at, uint32_t value) {
 }
 static inline int min(int a, int b) { return a < b ? a : b; }
 static inline int max(int a, int b) { return a > b ? a : b; }
+static inline uint32_t max(uint32_t a, uint32_t b) { return a > b ? a : b; }
 static inline int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
