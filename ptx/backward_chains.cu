@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__CHAINS_THREADS, 1)
 
     if (thread == 0) init_barriers(s);
     grid_launch_dependents();
-    grid_wait();
+    if (thread >= WARP) grid_wait();
     if (thread < WARP) { /* every lane the same, but that one writes */
         Chain chain;
         const bool found = find_chain(p, blockIdx.x, gridDim.x, thread, &chain);

@@ -71,11 +71,11 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
     clear_tile(&s.m, thread, FQLA__GRADIENTS_THREADS);
     fence_proxy_async();
     grid_launch_dependents();
-    grid_wait();
 
     const int items = count_items(f);
-    if (items <= 0) return;
     __syncthreads();
+    if (thread / WARP != LOADS_WARP) grid_wait(); /* that one does when it needs what the kernels before leave */
+    if (items <= 0) return;
 
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
     if (role == HELPERS) {

@@ -4,6 +4,7 @@
 #define FLASHQLA_BACKWARD_LOADS_H
 
 #include "backward_shared.h"
+#include "grid.h"
 
 /* Step n's first part, where there is such a step: v-head h of an item, h counted on into the next. */
 static __device__ __forceinline__ void load_first(const fqla__backward_params &p, GradientsShared &s, int item, int items, int h,
@@ -49,10 +50,13 @@ static __device__ __forceinline__ void find_item(const fqla__forward_params &f, 
     __syncwarp();
 }
 
+enum { LOADS_WARP = FQLA__GRADIENTS_THREADS / WARP - 1 };
+
 static __device__ void run_loads(const fqla__backward_params &p, GradientsShared &s, int items, int lane) {
     const int heads = p.forward.heads_v / p.forward.heads_qk;
     find_item(p.forward, s, 0, items, lane);
     find_item(p.forward, s, 1, items, lane);
+    grid_wait();
     if (lane == 0) {
         load_chunk_rows(p, s, s.places[0]);
         load_first(p, s, 0, items, 0, 0);

@@ -17,6 +17,7 @@
 #define FLASHQLA_BACKWARD_SEGMENT_H
 
 #include "../src/cuda_backward_params.h"
+#include "grid.h"
 #include "segment.h"
 
 enum { STATE_COLUMNS = 64, HALVES = DIM / STATE_COLUMNS };
@@ -47,7 +48,7 @@ static __device__ __forceinline__ int warm_down_chunks(const fqla__forward_param
     return forgetting_chunks(p, segment, boundary, 1, min(chunks - boundary, (int)p.table->segment_chunks), lane);
 }
 
-/* What block `block` does; false: nothing. By a whole warp. */
+/* What block `block` does; false: nothing. By a whole warp, which waits for the kernels before once it needs them. */
 static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p, uint32_t block, uint32_t blocks, int lane,
                                                   Chain *c) {
     const fqla__forward_params &f = p.forward;
@@ -60,6 +61,7 @@ static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p
     c->half = (int32_t)(rest % HALVES);
     if (number >= (first_pass ? f.table->kept : f.table->segments)) return false;
     find_segment(f, number, (int)(rest % parts / HALVES), false, &segment);
+    grid_wait();
     const fqla__device_sequence *sequences = (const fqla__device_sequence *)(f.table + 1);
     const fqla__device_segment *segments = (const fqla__device_segment *)(sequences + f.table->num_seqs);
     c->entry = segments[number].sequence * (int64_t)f.heads_v + segment.head;

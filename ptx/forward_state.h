@@ -18,57 +18,6 @@
 #include "forward_shared.h"
 #include "state.h"
 
-/* V^T, two elements a register: a left operand's order. */
-static __device__ __forceinline__ void load_v(uint32_t (&v16)[16], const Tile *v, const Lane &lane) {
-    const uint32_t columns = shared_address(v->bytes) + lane.columns;
-#pragma unroll
-    for (int pair = 0; pair < CHUNK / 16; pair++) load_tiles_transposed(*(uint32_t(*)[4])&v16[4 * pair], columns + pair * 2048);
-}
-
-/* [64 x 64] = left operand [64 x 128] by the transposed rows of two tiles, K^T or Q^T, in the registers of the chunk before. */
-static __device__ __forceinline__ void multiply_rows_again(float (&d)[32], const uint32_t (&state)[32], uint32_t tiles) {
-    wgmma_64x64_again(d, &state[0], tile_descriptor(tiles, 0));
-#pragma unroll
-    for (int step = 1; step < DIM / 16; step++) wgmma_64x64(d, &state[4 * step], tile_descriptor(tiles + step_units(step), 0));
-}
-
-/* KS in place to beta W, where Vn begins, and W itself as a left operand. */
-static __device__ __forceinline__ void start_vn(float (&ks)[32], uint32_t (&w16)[16], const uint32_t (&v16)[16], const fqla__factors &factors,
-                                                const Lane &lane) {
-#pragma unroll
-    for (int tile = 0; tile < CHUNK / 8; tile++) {
-        const float2 factor = factors_of(factors.w, lane, tile);
-        float *d = &ks[4 * tile];
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            d[2 * half] = low_element(v16[2 * tile + half]) - factor.x * d[2 * half];
-            d[2 * half + 1] = high_element(v16[2 * tile + half]) - factor.y * d[2 * half + 1];
-        }
-    }
-    pack_operand(w16, ks);
-    scale_columns<1>(ks, factors.beta, lane);
-}
-
-/* state += K^T (update Vn), 16 tokens as soon as their operand is packed; vn16: Vn itself, for O. */
-static __device__ __forceinline__ void start_update(float (&state)[64], uint32_t (&vn16)[16], uint32_t (&update16)[16], const float (&vn)[32],
-                                                    const float *update, uint32_t k, const Lane &lane) {
-#pragma unroll
-    for (int step = 0; step < CHUNK / 16; step++) {
-#pragma unroll
-        for (int tile = 2 * step; tile < 2 * step + 2; tile++) {
-            const float2 factor = factors_of(update, lane, tile);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float low = vn[4 * tile + 2 * half], high = vn[4 * tile + 2 * half + 1];
-                vn16[2 * tile + half] = pack_elements(low, high);
-                update16[2 * tile + half] = pack_elements(low * factor.x, high * factor.y);
-            }
-        }
-        wgmma_fence();
-        wgmma_64x128_transposed(state, &update16[4 * step], tile_descriptor(k + step * 128, TILE_UNITS));
-    }
-}
-
 /* scale O^T into its place: the warp's 16 columns. */
 static __device__ __forceinline__ void stage_output(const float (&o)[32], float scale, Tile *tile, const Lane &lane) {
     const uint32_t columns = shared_address(tile->bytes) + lane.columns;

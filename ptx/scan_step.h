@@ -7,7 +7,7 @@
    M is fp16, and so is S, divided by a power of two that brings the block's part of it to at most 1: a product loses 2e-4, an
    eighth of what a chunk's bfloat16 operands lose.
 
-   A block is a quarter of the state's columns (v), which need nothing of one another. Two warpgroups, a half of the rows (k) each, hold
+   A block works off quarters of a v-head's state's columns (v), which need nothing of one another, a grid apart. Two warpgroups, a half of the rows (k) each, hold
    S in float32: M from shared memory is the left operand, S in 16 bits, which all threads write, the right one. A warp loads. The
    chain of a step: the largest element of all, S to shared memory, 256 tensor cycles, sum; S_loc is read and S_f stored under the
    product. 48 KB a step come in, 800 cycles at what one multiprocessor takes. */
@@ -81,8 +81,7 @@ static __device__ __forceinline__ int next_wanted(const ScanShared &s, int f, in
 }
 
 /* By one thread. */
-static __device__ __forceinline__ void load_steps(ScanShared &s, const Steps &steps) {
-    Ring ring = {0, 0};
+static __device__ __forceinline__ void load_steps(ScanShared &s, const Steps &steps, Ring &ring) {
     for (int f = next_wanted(s, 0, steps.count); f < steps.count; f = next_wanted(s, f + 1, steps.count)) {
         StepSlot &to = s.step[ring.slot];
         uint64_t *full = &s.full[ring.slot];
@@ -145,11 +144,11 @@ static __device__ __forceinline__ void store_part(const float (&state)[16], floa
 
 /* state: what the first step starts from; keeps_first: it is left in the workspace like those of the exact ones. */
 template <bool reverse>
-static __device__ __forceinline__ void run_steps(ScanShared &s, const Steps &steps, float (&state)[16], bool keeps_first, int thread) {
+static __device__ __forceinline__ void run_steps(ScanShared &s, const Steps &steps, Ring &ring, float (&state)[16], bool keeps_first,
+                                                 int thread) {
     const int warpgroup = uniform(thread / WARPGROUP), count = uniform(steps.count), lane = thread % WARP;
     const uint32_t first_slot = shared_units(s.step), state_units = shared_units(s.state);
     const Part part = find_part(thread);
-    Ring ring = {0, 0};
     int wanted = uniform(next_wanted(s, 0, count));
     for (int f = 0; f < count; f++) {
         const int exact = uniform(s.exact[f]);

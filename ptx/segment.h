@@ -84,6 +84,13 @@ static __device__ __forceinline__ bool find_segment(const fqla__forward_params &
     return true;
 }
 
+/* The number of the first segment of cut sequence `cut`. */
+static __device__ __forceinline__ int64_t first_of_cut(const fqla__device_table *table, int64_t cut) {
+    const fqla__device_sequence *sequences = (const fqla__device_sequence *)(table + 1);
+    const fqla__device_segment *segments = (const fqla__device_segment *)(sequences + table->num_seqs);
+    return ((const int32_t *)(segments + table->segments))[cut];
+}
+
 /* How many chunks from `first` on, `step` by `step` and at most `most`, have transitions whose norms' product is below the tolerance; 0:
    not so many. By a whole warp. */
 static __device__ __forceinline__ int forgetting_chunks(const fqla__forward_params &p, const Segment &segment, int first, int step, int most,

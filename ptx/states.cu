@@ -13,10 +13,11 @@
 #include <stddef.h>
 
 #include "grid.h"
+#include "ring.h"
 #include "segment.h"
 #include "state.h"
 
-enum { SLOTS = 3, STATE_REGISTERS = 184, LOADER_REGISTERS = 56, STATE_COLUMNS = 64 };
+enum { SLOTS = 3, STATE_REGISTERS = 200, LOADER_REGISTERS = 56, STATE_COLUMNS = 64 };
 static_assert(FQLA__STATES_THREADS == 2 * WARPGROUP, "a warpgroup a role");
 static_assert((STATE_REGISTERS + LOADER_REGISTERS) * WARPGROUP * 2 <= 65536, "two blocks a multiprocessor");
 
@@ -55,22 +56,56 @@ static __device__ void run_loader(const fqla__forward_params &p, StatesShared &s
     }
 }
 
-/* The state through all chunks. All are whole: a sequence's last segment is of no other's concern. */
+/* The state through all chunks. All are whole: a sequence's last segment is of no other's concern. The next chunk's K S0 is issued as
+   soon as the state is there; after the last one's it is issued once more, of whatever lies in the slot, and not used. */
 template <bool with_v> static __device__ __forceinline__ void walk(StatesShared &s, float (&state)[64], int numbers, int thread) {
     const Lane lane = find_lane(thread);
     const uint32_t first_slot = shared_units(s.chunk);
-    int slot = 0;
-    uint32_t phase = 0;
-    numbers = __shfl_sync(0xffffffffu, numbers, 0);
+    Ring ring = {0, 0};
+    float ks[32];
+    uint32_t state16[32];
+    numbers = uniform(numbers);
+    pack_operand(state16, state);
+    mbarrier_wait(&s.full[0], 0);
+#pragma unroll
+    for (int i = 0; i < 32; i++) ks[i] = 0.0f;
+    wgmma_fence();
+    multiply_rows_again(ks, state16, first_slot);
+    wgmma_commit();
     for (int number = 0; number < numbers; number++) {
-        const ChunkSlot &in = s.chunk[slot];
-        const uint32_t units = first_slot + slot * (sizeof(ChunkSlot) / 16);
-        mbarrier_wait(&s.full[slot], phase);
-        advance_state(state, units, units + offsetof(ChunkSlot, t) / 16, in.factors, with_v ? &in.v : NULL, lane);
-        __syncwarp();
-        if (thread % WARP == 0) mbarrier_arrive(&s.done[slot]);
-        if (++slot == SLOTS) slot = 0, phase ^= 1;
+        const ChunkSlot &in = s.chunk[ring.slot];
+        const uint32_t units = first_slot + ring.slot * (sizeof(ChunkSlot) / 16);
+        const Ring now = ring;
+        uint32_t v16[16], w16[16], update16[16];
+        ring_next<SLOTS>(ring);
+
+        if (with_v) {
+            load_v(v16, &in.v, lane);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 16; i++) v16[i] = 0;
+        }
+        wgmma_wait<0>();
+        wgmma_settle(ks);
+        start_vn(ks, w16, v16, in.factors, lane);
+        wgmma_fence();
+        multiply_square(ks, w16, units + offsetof(ChunkSlot, t) / 16);
+        wgmma_commit();
+        scale_state(state, in.factors.gamma_chunk);
+        if (number + 1 < numbers) mbarrier_wait(&s.full[ring.slot], ring.phase);
+        wgmma_wait<0>();
+        wgmma_settle(ks);
+        start_update(state, w16, update16, ks, in.factors.update, units, lane);
+        wgmma_commit();
+        wgmma_wait<0>();
+        wgmma_settle(state);
+        arrive_warp(&s.done[now.slot], thread % WARP);
+        pack_operand(state16, state);
+        wgmma_fence();
+        multiply_rows_again(ks, state16, first_slot + ring.slot * (sizeof(ChunkSlot) / 16));
+        wgmma_commit();
     }
+    wgmma_wait<0>();
 }
 
 /* The transposed transition's rows of this half, as scan.cu's products read it. Its elements are at most 1 where the recurrence is stable. */
@@ -121,12 +156,13 @@ extern "C" __global__ void __launch_bounds__(FQLA__STATES_THREADS, 2)
 
     grid_launch_dependents();
     if (number >= p.table->kept && blockIdx.x > 0) return; /* while prepare runs; the first block waits, for this kernel to end after it */
+    Segment segment; /* of the first warp */
+    if (thread < WARP) find_segment(p, number, head, false, &segment);
+    for (int i = 0; i < SLOTS; i++) clear_square(&s.chunk[i].t, thread, FQLA__STATES_THREADS); /* above its diagonal blocks it stays zero */
     grid_wait();
     if (number >= p.table->kept) return;
     if (thread < WARP) {
-        Segment segment;
         int warm_up = 0;
-        find_segment(p, number, head, false, &segment);
         bool idle = segment.padding || segment.index == segment.segments - 1 || warm_up_chunks(p, segment, segment.end, thread) > 0;
         if (!idle && segment.index > 0) warm_up = warm_up_chunks(p, segment, segment.first, thread);
         idle = idle || (transition && (segment.index == 0 || warm_up > 0));
@@ -141,7 +177,6 @@ extern "C" __global__ void __launch_bounds__(FQLA__STATES_THREADS, 2)
             mbarrier_init_fence();
         }
     }
-    for (int i = 0; i < SLOTS; i++) clear_square(&s.chunk[i].t, thread, FQLA__STATES_THREADS); /* above its diagonal blocks it stays zero */
     fence_proxy_async();
     __syncthreads();
     if (s.idle) return;

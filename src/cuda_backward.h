@@ -76,6 +76,7 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
                                              fqla_stream stream) {
     const int64_t heads = plan->desc.heads_v, kept = fqla__cuda_backward_kept(plan), sm_count = plan->context->summary.sm_count;
     const int64_t items = fqla__cuda_max_chunks(&plan->desc) * plan->desc.heads_qk;
+    const int64_t quarters = fqla__cuda_most_cut(plan->desc.max_seqs, fqla__cuda_backward_segments(plan)) * heads * 8;
     fqla_status status = FQLA_OK;
     if (kept > 0) {
         p->first_pass = 1;
@@ -84,8 +85,8 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
         dependent = true;
         p->first_pass = 0;
         if (status == FQLA_OK)
-            status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_SCAN, kept * heads * 8, FQLA__BACKWARD_SCAN_THREADS,
-                                       true, &p->forward, stream);
+            status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_SCAN, quarters < sm_count ? quarters : sm_count,
+                                       FQLA__BACKWARD_SCAN_THREADS, true, &p->forward, stream);
     }
     if (status == FQLA_OK)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_CHAINS_BF16,

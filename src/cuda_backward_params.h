@@ -27,7 +27,8 @@ enum {
 /* The parameters of a backward's kernels, by value. In the order in which they run:
    prepare              the forward's, where it has left no residuals
    backward_chains      grid kept segments * heads_v * 2 halves of V * 3: the first pass          } where the plan may cut
-   backward_scan        grid kept segments * heads_v * 4 * 2, of which a sequence's first work    } sequences
+   backward_scan        cut sequences * heads_v * 4 quarters of V * 2 directions; grid: as many,  } sequences
+                        but no more than multiprocessors                                          }
    backward_chains      grid segments * heads_v * 2 halves of V * 2: the reverse recurrences, then the passes over the states
    backward_gradients   grid multiprocessors, or chunks * heads_qk where those are fewer
    backward_sums        grid heads_v; with the raw gates alone

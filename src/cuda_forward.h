@@ -13,6 +13,11 @@ static int64_t fqla__cuda_max_kept(const fqla_plan *plan) {
     return extra + (extra < plan->desc.max_seqs ? extra : plan->desc.max_seqs);
 }
 
+/* The most cut sequences. */
+static int64_t fqla__cuda_max_cut(const fqla_plan *plan) {
+    return fqla__cuda_most_cut(plan->desc.max_seqs, fqla__cuda_max_segments(plan));
+}
+
 /* Choose where to cut the sequences of these lengths, and send the tables that follow from it to the device. The driver has read
    pageable memory when the copy returns, so that staging may be filled again at once. */
 static fqla_status fqla__cuda_send_tables(const fqla_plan *plan, const char *function, int32_t num_seqs, const int32_t *cu_seqlens,
@@ -266,7 +271,8 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     const bool decode = run->decode_tokens > 0, cut = !decode && plan->cuda.schedule.extra_segments > 0, half = !decode && plan->cuda.schedule.v_split == 2;
     const char *function = decode ? "fqla_decode" : "fqla_forward";
     const int64_t chunks = decode ? d->max_seqs : fqla__cuda_max_chunks(d), heads = d->heads_v;
-    const int64_t kept = fqla__cuda_max_kept(plan), sm_count = plan->context->summary.sm_count;
+    const int64_t kept = fqla__cuda_max_kept(plan), quarters = fqla__cuda_max_cut(plan) * heads * 4;
+    const int64_t sm_count = plan->context->summary.sm_count;
     const int64_t items = (decode ? d->max_seqs : fqla__cuda_max_segments(plan)) * heads * (half ? 2 : 1);
     fqla__forward_params p;
     fqla_status status;
@@ -287,7 +293,8 @@ static fqla_status fqla__cuda_forward(const fqla__run *run, fqla_stream stream) 
     if (status == FQLA_OK && cut)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_STATES_BF16, kept * heads * 4, FQLA__STATES_THREADS, true, &p, stream);
     if (status == FQLA_OK && cut)
-        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_SCAN, kept * heads * 4, FQLA__SCAN_THREADS, true, &p, stream);
+        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_SCAN, quarters < sm_count ? quarters : sm_count, FQLA__SCAN_THREADS, true, &p,
+                                   stream);
     if (status == FQLA_OK)
         status = fqla__cuda_launch(plan, function, half ? FQLA__KERNEL_FORWARD_HALF_BF16 : FQLA__KERNEL_FORWARD_BF16,
                                    items < sm_count ? items : sm_count, half ? FQLA__HALF_THREADS : FQLA__FORWARD_THREADS, true, &p,

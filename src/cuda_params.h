@@ -10,12 +10,14 @@ typedef struct fqla__tensor_map {
     uint64_t opaque[16];
 } fqla__tensor_map;
 
-/* A plan's table on the device, one copy: this, then num_seqs fqla__device_sequence, then `segments` fqla__device_segment. */
+/* A plan's table on the device, one copy: this, then num_seqs fqla__device_sequence, then `segments` fqla__device_segment, then `cut`
+   int32_t: the numbers of the cut sequences' first segments. */
 typedef struct fqla__device_table {
     int64_t num_seqs;
     int64_t chunks;         /* of all sequences, each rounded up */
     int64_t segments;       /* of all sequences: an uncut one is one segment, an empty one too */
     int64_t kept;           /* the first so many segments belong to cut sequences; each keeps a state in the workspace */
+    int64_t cut;            /* sequences */
     int64_t segment_chunks; /* of every segment of a cut sequence but its last */
 } fqla__device_table;
 
@@ -87,7 +89,7 @@ enum {
 /* The parameters of a forward's kernels, by value; each comes as _bf16 and _fp16, by plan dtype. In the order in which they run:
    prepare   grid chunks * heads_v / heads_per_block, chunk by chunk
    states    grid kept segments * heads_v * 4: the halves of a segment's state, then of its transition    } where the plan may cut
-   scan      grid kept segments * heads_v * 4, of which a sequence's first segment's blocks work          } sequences
+   scan      cut sequences * heads_v * 4 quarters of V; grid: as many, but no more than multiprocessors     } sequences
    forward   segments * heads_v items, or, with V over two blocks, half: segments * heads_v * 2; grid: as many, but no more than
              multiprocessors
    The tensor maps have three dimensions, innermost first: 128 elements, the rows (stride token), the heads (stride head).

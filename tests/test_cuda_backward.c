@@ -97,6 +97,7 @@ static enum greatest_test_res backward_launched(const fqla_plan *plan, int first
     const unsigned int chunks = most_chunks(plan), heads_qk = (unsigned int)d->heads_qk, heads = (unsigned int)d->heads_v;
     const unsigned int kept = most_kept(plan), segments = (unsigned int)(d->max_seqs + extra);
     const unsigned int items = chunks * heads_qk, sm_count = (unsigned int)plan->context->summary.sm_count;
+    const unsigned int quarters = (kept - (unsigned int)extra) * heads * 8;
     const int raw = d->gate == FQLA_GATE_RAW;
     const fqla__backward_params p = parameters_of(first);
     const struct {
@@ -107,7 +108,7 @@ static enum greatest_test_res backward_launched(const fqla_plan *plan, int first
         {"prepare_", !residuals, 0, chunks * heads / (unsigned int)p.forward.heads_per_block, FQLA__PREPARE_THREADS,
          FQLA__PREPARE_SHARED_BYTES},
         {"backward_chains_", extra > 0, 1, kept * heads * 6, FQLA__CHAINS_THREADS, FQLA__CHAINS_SHARED_BYTES},
-        {"backward_scan", extra > 0, 0, kept * heads * 8, FQLA__BACKWARD_SCAN_THREADS, FQLA__BACKWARD_SCAN_SHARED_BYTES},
+        {"backward_scan", extra > 0, 0, quarters < sm_count ? quarters : sm_count, FQLA__BACKWARD_SCAN_THREADS, FQLA__BACKWARD_SCAN_SHARED_BYTES},
         {"backward_chains_", 1, 0, segments * heads * 4, FQLA__CHAINS_THREADS, FQLA__CHAINS_SHARED_BYTES},
         {"backward_gradients_", 1, 0, items < sm_count ? items : sm_count, FQLA__GRADIENTS_THREADS, FQLA__GRADIENTS_SHARED_BYTES},
         {"backward_sums", raw, 0, heads, FQLA__SUMS_THREADS, 0},

@@ -86,7 +86,7 @@ static enum greatest_test_res table_fits(const fqla_plan *plan, const layout *l,
     static unsigned char covered[MOST_SEQS * (MOST_LEN / 64 + 1)]; /* by chunk of the batch: segments that it is in */
     const fqla__device_sequence *sequences = (const fqla__device_sequence *)(table + 1);
     const fqla__device_segment *segments = (const fqla__device_segment *)(sequences + table->num_seqs);
-    const int32_t step = (int32_t)table->segment_chunks;
+    const int32_t *cut_first = (const int32_t *)(const void *)(segments + table->segments), step = (int32_t)table->segment_chunks;
     const int64_t extra = schedule->extra_segments, most_seqs = plan->desc.max_seqs;
     int64_t chunk = 0, kept = 0, cut = 0, i;
     int32_t n, most = 1;
@@ -101,7 +101,7 @@ static enum greatest_test_res table_fits(const fqla_plan *plan, const layout *l,
         if (parts == 1) {
             ASSERT_EQ(-1, (int)s->kept);
         } else { /* its segments stand together, in order, after those of the cut sequences before it */
-            ASSERT(s->kept == kept);
+            ASSERT(s->kept == kept && cut_first[cut] == kept);
             for (i = 0; i < parts; i++) {
                 ASSERT_EQ(n, segments[kept + i].sequence);
                 ASSERT_EQ((int32_t)i, segments[kept + i].index);
@@ -113,7 +113,7 @@ static enum greatest_test_res table_fits(const fqla_plan *plan, const layout *l,
         chunk += chunks;
     }
     ASSERT(table->chunks == chunk && table->kept == kept);
-    ASSERT(table->segments == l->count - cut + kept);
+    ASSERT(table->segments == l->count - cut + kept && table->cut == cut && cut <= fqla__cuda_most_cut(table->num_seqs, table->segments));
     ASSERT(most <= FQLA__MOST_SEGMENTS);
     ASSERT(table->segments - l->count <= extra);
     ASSERT(kept <= extra + (extra < most_seqs ? extra : most_seqs));
