@@ -15,15 +15,14 @@ static __device__ __forceinline__ void scan_quarter(const fqla__forward_params &
                                                     const Segment &segment, int64_t number, int quarter, Ring &ring, int thread) {
     const int warp = thread / WARP, lane = thread % WARP, segments = segment.segments, chunks = (int)f.table->segment_chunks;
     const int64_t first = (number + (reverse ? segments - 1 : 0)) * f.heads_v + segment.head;
-    const Steps steps = {&states[first], &f.transitions[first], reverse ? -f.heads_v : f.heads_v, segments, quarter};
-
-    if (thread == 0) s.exact[0] = s.exact[segments] = 0;
     for (int i = 1 + warp; i < segments; i += FQLA__SCAN_THREADS / WARP) {
         const int warm = reverse ? warm_down_chunks(f, segment, (segments - i) * chunks, lane)
                                  : warm_up_chunks(f, segment, i * chunks, lane);
         if (lane == 0) s.exact[i] = warm == 0;
     }
     __syncthreads();
+    const Steps steps = {&states[first], &f.transitions[first], reverse ? -f.heads_v : f.heads_v, exact_steps(s, segments, lane), segments,
+                         quarter};
     if (warp == LOADER_WARP) {
         if (lane == 0) load_steps(s, steps, ring);
         return;

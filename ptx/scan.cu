@@ -22,19 +22,17 @@ static __device__ __forceinline__ void scan_quarter(const fqla__forward_params &
                                                     int quarter, Ring &ring, int thread) {
     const int warp = thread / WARP, lane = thread % WARP, segments = segment.segments, chunks = (int)p.table->segment_chunks;
     const int64_t first = number * p.heads_v + segment.head;
-    const Steps steps = {&p.states[first], &p.transitions[first], p.heads_v, segments, quarter};
-    float state[16];
-
-    if (thread == 0) s.exact[0] = s.exact[segments] = 0;
     for (int f = 1 + warp; f < segments; f += FQLA__SCAN_THREADS / WARP) {
         const int warm_up = warm_up_chunks(p, segment, f * chunks, lane);
         if (lane == 0) s.exact[f] = warm_up == 0;
     }
     __syncthreads();
+    const Steps steps = {&p.states[first], &p.transitions[first], p.heads_v, exact_steps(s, segments, lane), segments, quarter};
     if (warp == LOADER_WARP) {
         if (lane == 0) load_steps(s, steps, ring);
         return;
     }
+    float state[16];
     if (segment.in >= 0) {
         load_given(p, state, segment.in, quarter, thread);
     } else {

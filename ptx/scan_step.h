@@ -32,17 +32,20 @@ typedef struct __align__(1024) ScanShared {
     uint32_t largest[MULTIPLIERS / WARP];             /* a warp's largest element's bits */
     uint64_t full[SLOTS];                             /* copy engine -> multipliers */
     uint64_t free[SLOTS];                             /* multipliers -> loader */
-    int32_t exact[FQLA__MOST_SEGMENTS + 1];           /* by step; the one past the last is not */
+    int32_t exact[FQLA__MOST_SEGMENTS];               /* by step */
 } ScanShared;
 
 static_assert(sizeof(ScanShared) == FQLA__SCAN_SHARED_BYTES, "what the host asks for");
 static_assert(sizeof(StepSlot) == sizeof(fqla__kept_transition) + sizeof(fqla__kept_state) / QUARTERS, "copied as they are");
+
+static_assert(FQLA__MOST_SEGMENTS == 64, "a bit each");
 
 /* The steps of a sequence's v-head: step f's entries in the workspace are `apart` from those of the one before. */
 typedef struct Steps {
     fqla__kept_state *states;                /* a segment's last state, then what it starts from */
     const fqla__kept_transition *transitions;
     int64_t apart;
+    uint64_t exact;                          /* a bit a step; the first is not */
     int32_t count, quarter;
 } Steps;
 
@@ -74,20 +77,28 @@ static __device__ __forceinline__ void init_steps(ScanShared &s) {
     mbarrier_init_fence();
 }
 
-/* The first step from f on whose end is wanted. */
-static __device__ __forceinline__ int next_wanted(const ScanShared &s, int f, int count) {
-    while (f < count && !s.exact[f + 1]) f++;
-    return f;
+/* s.exact as bits, the same in every lane. */
+static __device__ __forceinline__ uint64_t exact_steps(const ScanShared &s, int count, int lane) {
+    const uint32_t low = __ballot_sync(0xffffffffu, lane > 0 && lane < count && s.exact[lane]);
+    const uint32_t high = __ballot_sync(0xffffffffu, lane + WARP < count && s.exact[lane + WARP]);
+    return (uint64_t)high << WARP | low;
+}
+
+/* The first step from f on whose end is wanted, which is where the one after it is exact; 64: none. */
+static __device__ __forceinline__ int next_wanted(const Steps &steps, int f) {
+    const uint64_t left = f < FQLA__MOST_SEGMENTS - 1 ? steps.exact >> (f + 1) : 0;
+    return left != 0 ? f + __ffsll((long long)left) - 1 : FQLA__MOST_SEGMENTS;
 }
 
 /* By one thread. */
 static __device__ __forceinline__ void load_steps(ScanShared &s, const Steps &steps, Ring &ring) {
-    for (int f = next_wanted(s, 0, steps.count); f < steps.count; f = next_wanted(s, f + 1, steps.count)) {
+    for (int f = next_wanted(steps, 0); f < steps.count; f = next_wanted(steps, f + 1)) {
+        const bool exact = steps.exact >> f & 1;
         StepSlot &to = s.step[ring.slot];
         uint64_t *full = &s.full[ring.slot];
         mbarrier_wait(&s.free[ring.slot], ring.phase ^ 1);
-        mbarrier_arrive_expect(full, (s.exact[f] ? (uint32_t)sizeof to.transition : 0) + (uint32_t)sizeof to.last);
-        if (s.exact[f]) bulk_load(to.transition, &steps.transitions[f * steps.apart], sizeof to.transition, full);
+        mbarrier_arrive_expect(full, (exact ? (uint32_t)sizeof to.transition : 0) + (uint32_t)sizeof to.last);
+        if (exact) bulk_load(to.transition, &steps.transitions[f * steps.apart], sizeof to.transition, full);
         bulk_load(to.last, steps.states[f * steps.apart].values[steps.quarter], sizeof to.last, full);
         ring_next<SLOTS>(ring);
     }
@@ -149,9 +160,9 @@ static __device__ __forceinline__ void run_steps(ScanShared &s, const Steps &ste
     const int warpgroup = uniform(thread / WARPGROUP), count = uniform(steps.count), lane = thread % WARP;
     const uint32_t first_slot = shared_units(s.step), state_units = shared_units(s.state);
     const Part part = find_part(thread);
-    int wanted = uniform(next_wanted(s, 0, count));
+    int wanted = next_wanted(steps, 0);
     for (int f = 0; f < count; f++) {
-        const int exact = uniform(s.exact[f]);
+        const bool exact = steps.exact >> f & 1;
         float *place = &steps.states[f * steps.apart].values[steps.quarter][0][0][0] + part.kept;
         if (f != wanted) {
             if (exact || (f == 0 && keeps_first)) store_part(state, place);
@@ -180,7 +191,7 @@ static __device__ __forceinline__ void run_steps(ScanShared &s, const Steps &ste
         }
         arrive_warp(&s.free[ring.slot], lane);
         ring_next<SLOTS>(ring);
-        wanted = uniform(next_wanted(s, f + 1, count));
+        wanted = next_wanted(steps, f + 1);
     }
 }
 
