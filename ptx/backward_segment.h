@@ -41,13 +41,6 @@ static __device__ __forceinline__ int chunk_of(const Chain &c, int number) {
     return c.way == GRADIENTS ? c.start - number : c.start + number;
 }
 
-/* As warm_up_chunks, of the chunks from `boundary` on. By a whole warp. */
-static __device__ __forceinline__ int warm_down_chunks(const fqla__forward_params &p, const Segment &segment, int boundary,
-                                                       int lane) {
-    const int chunks = (segment.len + CHUNK - 1) / CHUNK;
-    return forgetting_chunks(p, segment, boundary, 1, min(chunks - boundary, (int)p.table->segment_chunks), lane);
-}
-
 /* What block `block` does; false: nothing. By a whole warp, which waits for the kernels before once it needs them. */
 static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p, uint32_t block, uint32_t blocks, int lane,
                                                   Chain *c) {

@@ -7,10 +7,10 @@
    M is fp16, and so is S, divided by a power of two that brings the block's part of it to at most 1: a product loses 2e-4, an
    eighth of what a chunk's bfloat16 operands lose.
 
-   A block works off quarters of a v-head's state's columns (v), which need nothing of one another, a grid apart. Two warpgroups, a half of the rows (k) each, hold
-   S in float32: M from shared memory is the left operand, S in 16 bits, which all threads write, the right one. A warp loads. The
-   chain of a step: the largest element of all, S to shared memory, 256 tensor cycles, sum; S_loc is read and S_f stored under the
-   product. 48 KB a step come in, 800 cycles at what one multiprocessor takes. */
+   A block works off quarters of the columns (v) of v-heads' states, which need nothing of one another, a grid apart. Two warpgroups, a
+   half of the rows (k) each, hold S in float32: M from shared memory is the left operand, S in 16 bits, which all threads write, the
+   right one. A warp loads, 48 KB a step. The chain of a step: the largest element of all, S to shared memory, 256 tensor cycles, sum;
+   S_loc is read and S_f stored under the product. */
 #ifndef FLASHQLA_SCAN_STEP_H
 #define FLASHQLA_SCAN_STEP_H
 
@@ -193,6 +193,47 @@ static __device__ __forceinline__ void run_steps(ScanShared &s, const Steps &ste
         ring_next<SLOTS>(ring);
         wanted = next_wanted(steps, f + 1);
     }
+}
+
+/* Element of h0 by element. */
+static __device__ __forceinline__ void load_given(const fqla__forward_params &p, float (&state)[16], int64_t entry, int quarter, int thread) {
+    const Part part = find_part(thread);
+#pragma unroll
+    for (int i = 0; i < 16; i++) {
+        const int k = part.k + i / 2 % 2 * 8, v = quarter * COLUMNS + part.v + part_v(i);
+        const int64_t at = entry * DIM * DIM + (p.state_layout == 1 ? v * DIM + k : k * DIM + v); /* 1: FQLA_STATE_VK */
+        state[i] = p.state_bf16 ? from_bf16(((const uint16_t *)p.h0)[at]) : ((const float *)p.h0)[at];
+    }
+}
+
+/* A quarter of a sequence's v-head. number: its first segment's; states: theirs or their gradients'; from_h0: the first step starts from
+   h0, which is kept, else from what is not asked for. By all threads, before which and after which the block meets. */
+template <bool reverse>
+static __device__ __forceinline__ void scan_quarter(const fqla__forward_params &p, ScanShared &s, fqla__kept_state *states,
+                                                    const Segment &segment, int64_t number, int quarter, bool from_h0, Ring &ring,
+                                                    int thread) {
+    const int warp = thread / WARP, lane = thread % WARP, segments = segment.segments, chunks = (int)p.table->segment_chunks;
+    const int64_t first = (number + (reverse ? segments - 1 : 0)) * p.heads_v + segment.head;
+    for (int f = 1 + warp; f < segments; f += FQLA__SCAN_THREADS / WARP) {
+        const int warm = reverse ? warm_down_chunks(p, segment, (segments - f) * chunks, lane)
+                                 : warm_up_chunks(p, segment, f * chunks, lane);
+        if (lane == 0) s.exact[f] = warm == 0;
+    }
+    __syncthreads();
+    const Steps steps = {&states[first], &p.transitions[first], reverse ? -p.heads_v : p.heads_v, exact_steps(s, segments, lane), segments,
+                         quarter};
+    if (warp == LOADER_WARP) {
+        if (lane == 0) load_steps(s, steps, ring);
+        return;
+    }
+    float state[16];
+    if (from_h0 && segment.in >= 0) {
+        load_given(p, state, segment.in, quarter, thread);
+    } else {
+#pragma unroll
+        for (int i = 0; i < 16; i++) state[i] = 0.0f;
+    }
+    run_steps<reverse>(s, steps, ring, state, from_h0, thread);
 }
 
 #endif

@@ -118,4 +118,10 @@ static __device__ __forceinline__ int warm_up_chunks(const fqla__forward_params 
     return forgetting_chunks(p, segment, boundary - 1, -1, min(boundary, (int)p.table->segment_chunks), lane);
 }
 
+/* Of the chunks from `boundary` on, for the gradients of states, which come from behind. By a whole warp. */
+static __device__ __forceinline__ int warm_down_chunks(const fqla__forward_params &p, const Segment &segment, int boundary, int lane) {
+    const int chunks = (segment.len + CHUNK - 1) / CHUNK;
+    return forgetting_chunks(p, segment, boundary, 1, min(chunks - boundary, (int)p.table->segment_chunks), lane);
+}
+
 #endif
