@@ -633,10 +633,9 @@ fqla_status case_run_backward(test_case *c) { return run(c, true); }
 /* ---- expecting */
 
 /* A tensor's rows as a dense array in double; states come out as [heads, dim_k, dim_v]. NULL where the tensor is not there. */
-static double *gather(test_case *c, case_tensor_name name, int64_t row, int64_t rows) {
+static double *gather(const test_case *c, case_tensor_name name, int64_t row, int64_t rows) {
     const case_tensor *t = &c->t[name];
     const bool state = name == T_H0 || name == T_DHT;
-    const double noise = state || name == T_Q || name == T_K || name == T_V || name == T_DO ? c->noise : 0.0;
     double *out, *next;
     int64_t r, h, i;
     int a, b;
@@ -648,7 +647,6 @@ static double *gather(test_case *c, case_tensor_name name, int64_t row, int64_t 
             for (a = 0; a < c->dim_k && state; a++)
                 for (b = 0; b < c->dim_v; b++) *next++ = case_input(c, name, r, h, state_index(c, a, b));
         }
-    for (; noise > 0.0 && next-- > out;) *next *= 1.0 + noise * (2.0 * case_uniform(&c->random) - 1.0);
     return out;
 }
 
@@ -745,10 +743,6 @@ static double gradient_tolerance_on_cuda(const test_case *c, case_tensor_name na
     }
 }
 
-/* On a GPU a tensor past its tolerance still passes where rounding the inputs alone would move it a third as far: a chunk's T, P, W, Vn
-   and states are rounded as well. */
-enum { MOST_MOVES = 3 };
-
 /* float32 2e-6 and gradients 1e-5, outputs rounded to bf16 3e-3. A Hopper's 16-bit operands: o 4e-3, ht 2.5e-3, and 1.2e-2 where
    keys are nearly parallel. */
 static double tolerance(const test_case *c, case_tensor_name name) {
@@ -756,7 +750,9 @@ static double tolerance(const test_case *c, case_tensor_name name) {
     const bool state = name == T_HT || name == T_SNAPSHOTS;
     if (test_on_cuda() && is_gradient(name)) return gradient_tolerance_on_cuda(c, name);
     if (test_on_cuda()) {
-        const double ht = c->spec.same_keys ? 1.2e-2 : 2.5e-3;
+        /* 16-bit operands alone, simulated in float64, come to 2.55e-3 over 2047 tokens of which no gate forgets anything */
+        const bool never_forgets = c->spec.gates == GATES_ZERO && c->rows > 1024;
+        const double ht = c->spec.same_keys ? 1.2e-2 : never_forgets ? 2.7e-3 : 2.5e-3;
         return !state ? 4.0e-3 : dtype == FQLA_DTYPE_BF16 ? ht + 1.0e-3 : ht;
     }
     return dtype == FQLA_DTYPE_BF16 ? 3.0e-3 : dtype == FQLA_DTYPE_FP16 ? 5.0e-4 : is_gradient(name) ? 1.0e-5 : 2.0e-6;
@@ -773,34 +769,9 @@ static const char *describe(const test_case *c, char *text, size_t size) {
 
 static char wrong[1024];
 
-/* How far the expectation moves, relative, when q, k, v, do and the states are off by what rounding them to 16 bits may take away. Of a
-   number that comes of larger ones (dg of a head that forgets nothing is small beside the states whose product it holds, dbeta of
-   keys that are nearly parallel, a sum of gradients that cancel) no computation with 16-bit operands knows more than that. */
-static double moved_by_rounding(test_case *c, case_tensor_name name) {
-    const case_tensor *t = &c->t[name];
-    double *expected[T_COUNT], moved = 0.0, norm = 0.0;
-    int64_t i;
-    int32_t n;
-    memcpy(expected, c->expected, sizeof expected);
-    memset(c->expected, 0, sizeof c->expected);
-    c->noise = c->desc.dtype == FQLA_DTYPE_FP16 ? 0x1p-11 : 0x1p-8;
-    for (n = 0; n < c->num_seqs; n++) expect_sequence(c, n, is_gradient(name));
-    c->noise = 0.0;
-    for (i = 0; i < t->rows * t->heads * t->dim; i++) {
-        const double step = c->expected[name][i] - expected[name][i];
-        moved += step * step;
-        norm += expected[name][i] * expected[name][i];
-    }
-    for (n = 0; n < T_COUNT; n++) free(c->expected[n]);
-    memcpy(c->expected, expected, sizeof expected);
-    return norm > 1e-12 ? sqrt(moved / norm) : sqrt(moved);
-}
-
 static const char *compare_tensor(test_case *c, case_tensor_name name) {
     const case_tensor *t = &c->t[name];
     const double allowed = tolerance(c, name);
-    /* fp16 operands under 2^-14 are off by up to 2^-25 each, however small: gates of -10 a token leave dh0 with such */
-    const double least = c->desc.dtype == FQLA_DTYPE_FP16 ? 0x1p-25 * sqrt((double)(t->rows * t->heads * t->dim)) : 0.0;
     double error = 0.0, norm = 0.0, relative;
     char text[512];
     int64_t r, h, i;
@@ -826,7 +797,6 @@ static const char *compare_tensor(test_case *c, case_tensor_name name) {
         snprintf(worst[name][dtype_size(t->dtype) == 2].name, sizeof worst[0][0].name, "%s", c->spec.name);
     }
     if (relative <= allowed) return NULL;
-    if (test_on_cuda() && (sqrt(error) <= least || relative <= MOST_MOVES * moved_by_rounding(c, name))) return NULL;
     snprintf(wrong, sizeof wrong, "%s: %s is off by %.3g, allowed %.3g (norm %.3g)", describe(c, text, sizeof text), names[name],
              relative,
              allowed, sqrt(norm));

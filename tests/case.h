@@ -86,7 +86,6 @@ typedef struct test_case {
     int64_t fused_next; /* elements of a fused row handed out so far */
     uint64_t random;
     double *expected[T_COUNT]; /* the oracle's outputs, dense [rows, heads, dim] */
-    double noise;        /* > 0: the oracle's q, k, v, do and states are off by up to this, relative to each element */
 } test_case;
 
 /* Make the plan and the tensors. A status other than FQLA_OK is the plan's; then there is nothing to close. */
