@@ -1057,7 +1057,7 @@ enum {
     FQLA__PREPARE_SHARED_BYTES = 35840,  /* dynamic shared memory: PrepareShared in ptx/prepare.cu */
     FQLA__STATES_THREADS = 256,          /* a warpgroup that owns 64 state columns, one that loads */
     FQLA__STATES_SHARED_BYTES = 105472,  /* StatesShared in ptx/states.cu */
-    FQLA__SCAN_THREADS = 288,            /* two warpgroups that multiply, a warp that loads */
+    FQLA__SCAN_THREADS = 288,            /* scan and backward_scan: two warpgroups that multiply, a warp that loads */
     FQLA__SCAN_SHARED_BYTES = 205824,    /* ScanShared in ptx/scan_step.h */
     FQLA__FORWARD_THREADS = 512,         /* whole V: two warpgroups that own 64 state columns each, one that makes P, one that copies */
     FQLA__FORWARD_SHARED_BYTES = 228352, /* ForwardShared in ptx/forward_shared.h */
@@ -1136,8 +1136,6 @@ typedef struct fqla__chunk_states {
 enum {
     FQLA__CHAINS_THREADS = 384,          /* a warpgroup that owns 64 state columns, one that makes P, one that copies */
     FQLA__CHAINS_SHARED_BYTES = 227328,  /* ChainShared in ptx/backward_chain_shared.h */
-    FQLA__BACKWARD_SCAN_THREADS = 288,   /* as kernel scan's */
-    FQLA__BACKWARD_SCAN_SHARED_BYTES = 205824, /* ScanShared in ptx/scan_step.h */
     FQLA__GRADIENTS_THREADS = 512,       /* a warpgroup for dq, one for dk, one for the 64 x 64 matrices, one for loads and gates */
     FQLA__GRADIENTS_SHARED_BYTES = 227328, /* GradientsShared in ptx/backward_shared.h */
     FQLA__SUMS_THREADS = 256,
@@ -4205,7 +4203,7 @@ static const struct {
     {"backward_gradients_bf16", FQLA__GRADIENTS_SHARED_BYTES},
     {"backward_gradients_fp16", FQLA__GRADIENTS_SHARED_BYTES},
     {"scan", FQLA__SCAN_SHARED_BYTES},
-    {"backward_scan", FQLA__BACKWARD_SCAN_SHARED_BYTES},
+    {"backward_scan", FQLA__SCAN_SHARED_BYTES},
     {"backward_sums", 0},
 };
 
@@ -4476,7 +4474,8 @@ static fqla_status fqla__cuda_synchronize(fqla_context *context, fqla_stream str
 // What the model cannot know is assumed: a quarter of the heads is exact (ptx/segment.h), the others warm up over six chunks; where
 // segments are shorter than that, all heads are exact.
 
-/* Microseconds on one multiprocessor of a Hopper GPU. states and scan have become faster since; with these the choices stay right. */
+/* Microseconds on one multiprocessor of a Hopper GPU. Those of states and scan are of earlier, slower kernels: with 1.1 for a segment, as it
+   is now, the model cuts 16/48 2x16384, which takes a tenth longer than whole. */
 static const struct {
     double prepare;              /* a chunk of a v-head, kernel prepare */
     double whole, half;          /* a chunk of a v-head, forward and forward_half */
@@ -4936,16 +4935,13 @@ static int64_t fqla__cuda_max_chunks(const fqla_plan_desc *desc) {
 
 static int64_t fqla__cuda_max_segments(const fqla_plan *plan) { return (int64_t)plan->desc.max_seqs + plan->cuda.schedule.extra_segments; }
 
-/* The most segments of cut sequences: a cut sequence has one that is none of the extra ones. */
-static int64_t fqla__cuda_max_kept(const fqla_plan *plan) {
-    const int64_t extra = plan->cuda.schedule.extra_segments;
-    return extra + (extra < plan->desc.max_seqs ? extra : plan->desc.max_seqs);
-}
-
 /* The most cut sequences. */
 static int64_t fqla__cuda_max_cut(const fqla_plan *plan) {
     return fqla__cuda_most_cut(plan->desc.max_seqs, fqla__cuda_max_segments(plan));
 }
+
+/* The most segments of cut sequences: a cut sequence has one that is none of the extra ones. */
+static int64_t fqla__cuda_max_kept(const fqla_plan *plan) { return plan->cuda.schedule.extra_segments + fqla__cuda_max_cut(plan); }
 
 /* Choose where to cut the sequences of these lengths, and send the tables that follow from it to the device. The driver has read
    pageable memory when the copy returns, so that staging may be filled again at once. */
@@ -5237,10 +5233,13 @@ static int64_t fqla__cuda_backward_segments(const fqla_plan *plan) {
     return (int64_t)plan->desc.max_seqs + plan->cuda.backward.extra_segments;
 }
 
-/* The most segments of cut sequences, as for the forward. */
+/* The most cut sequences and segments of those, as for the forward. */
+static int64_t fqla__cuda_backward_cut(const fqla_plan *plan) {
+    return fqla__cuda_most_cut(plan->desc.max_seqs, fqla__cuda_backward_segments(plan));
+}
+
 static int64_t fqla__cuda_backward_kept(const fqla_plan *plan) {
-    const int64_t extra = plan->cuda.backward.extra_segments;
-    return extra + (extra < plan->desc.max_seqs ? extra : plan->desc.max_seqs);
+    return plan->cuda.backward.extra_segments + fqla__cuda_backward_cut(plan);
 }
 
 /* The workspace: what kernel prepare makes where a forward has left no residuals; the chunks' states; what segments start from,
@@ -5309,7 +5308,7 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
                                              fqla_stream stream) {
     const int64_t heads = plan->desc.heads_v, kept = fqla__cuda_backward_kept(plan), sm_count = plan->context->summary.sm_count;
     const int64_t items = fqla__cuda_max_chunks(&plan->desc) * plan->desc.heads_qk;
-    const int64_t quarters = fqla__cuda_most_cut(plan->desc.max_seqs, fqla__cuda_backward_segments(plan)) * heads * 8;
+    const int64_t quarters = fqla__cuda_backward_cut(plan) * heads * 8;
     fqla_status status = FQLA_OK;
     if (kept > 0) {
         p->first_pass = 1;
@@ -5319,7 +5318,7 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
         p->first_pass = 0;
         if (status == FQLA_OK)
             status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_SCAN, quarters < sm_count ? quarters : sm_count,
-                                       FQLA__BACKWARD_SCAN_THREADS, true, &p->forward, stream);
+                                       FQLA__SCAN_THREADS, true, &p->forward, stream);
     }
     if (status == FQLA_OK)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_CHAINS_BF16,

@@ -91,13 +91,13 @@ static __device__ void run_states(const fqla__backward_params &p, ChainShared &s
         wgmma_settle(ks);
         subtract_from_v(ks, &in.v, in.factors.w, place);
         pack_operand(w16, ks);
-        scale_columns<1>(ks, in.factors.beta, place);
+        scale_columns(ks, in.factors.beta, place);
         wgmma_fence();
         multiply_square(ks, w16, units + offsetof(StatesSlot, t) / 16);
         wgmma_commit();
         wgmma_wait<0>();
         wgmma_settle(ks);
-        pack_columns(w16, update16, ks, in.factors.update, place); /* w16 is Vn from here on */
+        pack_columns(w16, update16, ks, in.factors.update, place, 0, CHUNK / 8); /* w16 is Vn from here on */
         wgmma_fence();
         multiply_update(state, update16, units);
         wgmma_commit();

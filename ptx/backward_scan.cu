@@ -6,10 +6,7 @@
 #include "grid.h"
 #include "scan_step.h"
 
-static_assert(FQLA__BACKWARD_SCAN_THREADS == FQLA__SCAN_THREADS, "one kernel's steps");
-static_assert(FQLA__BACKWARD_SCAN_SHARED_BYTES == FQLA__SCAN_SHARED_BYTES, "and their shared memory");
-
-extern "C" __global__ void __launch_bounds__(FQLA__BACKWARD_SCAN_THREADS, 1)
+extern "C" __global__ void __launch_bounds__(FQLA__SCAN_THREADS, 1)
     backward_scan(const __grid_constant__ fqla__aligned_backward_params params) {
     enum { PARTS = QUARTERS * 2 };
     const fqla__backward_params &p = params.values;
@@ -32,5 +29,5 @@ extern "C" __global__ void __launch_bounds__(FQLA__BACKWARD_SCAN_THREADS, 1)
         else scan_quarter<false>(f, s, f.states, segment, number, quarter, false, ring, thread);
         __syncthreads();
     }
-    grid_wait();
+    grid_wait(); /* without a task too: the next kernel takes this one's end for that of all before it */
 }

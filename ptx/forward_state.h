@@ -126,7 +126,7 @@ static __device__ __forceinline__ void walk_item(const fqla__forward_params &p, 
         wgmma_commit();
         mbarrier_wait(&s.p_full[now_out.slot], now_out.phase); /* here, since ptxas would put the next lines between the update's products */
         wgmma_settle(o);
-        scale_columns<1>(o, factors.o, lane);
+        scale_columns(o, factors.o, lane);
         wgmma_fence();
         multiply_square(o, vn16, first_p + now_out.slot * (sizeof(Square) / 16));
         wgmma_commit();

@@ -25,5 +25,5 @@ extern "C" __global__ void __launch_bounds__(FQLA__SCAN_THREADS, 1) scan(const _
         if (!segment.padding) scan_quarter<false>(p, s, p.states, segment, number, (int)(task % QUARTERS), true, ring, thread);
         __syncthreads();
     }
-    grid_wait();
+    grid_wait(); /* without a task too: the next kernel takes this one's end for that of all before it */
 }

@@ -18,6 +18,7 @@
 #include "segment.h"
 
 enum { SLOTS = 4, QUARTERS = 4, COLUMNS = DIM / QUARTERS, MULTIPLIERS = 2 * WARPGROUP, LOADER_WARP = MULTIPLIERS / WARP };
+enum { OPERAND_BYTES = COLUMNS * 128 }; /* 64 of k of the block's columns, rows as a tile's */
 static_assert(FQLA__SCAN_THREADS == MULTIPLIERS + WARP, "and a warp that loads");
 
 /* What a step brings: 48 KB, as it lies in the workspace */
@@ -28,7 +29,7 @@ typedef struct __align__(1024) StepSlot {
 
 typedef struct __align__(1024) ScanShared {
     StepSlot step[SLOTS];                             /* step i of those that are multiplied uses slot i % 4 */
-    __align__(1024) unsigned char state[2][4096];     /* S / scale in fp16: [half of k], rows v of 64 k, 128-byte swizzle */
+    __align__(1024) unsigned char state[2][OPERAND_BYTES]; /* S / scale in fp16: [half of k], rows v */
     uint32_t largest[MULTIPLIERS / WARP];             /* a warp's largest element's bits */
     uint64_t full[SLOTS];                             /* copy engine -> multipliers */
     uint64_t free[SLOTS];                             /* multipliers -> loader */
@@ -37,7 +38,6 @@ typedef struct __align__(1024) ScanShared {
 
 static_assert(sizeof(ScanShared) == FQLA__SCAN_SHARED_BYTES, "what the host asks for");
 static_assert(sizeof(StepSlot) == sizeof(fqla__kept_transition) + sizeof(fqla__kept_state) / QUARTERS, "copied as they are");
-
 static_assert(FQLA__MOST_SEGMENTS == 64, "a bit each");
 
 /* The steps of a sequence's v-head: step f's entries in the workspace are `apart` from those of the one before. */
@@ -108,10 +108,9 @@ static __device__ __forceinline__ void load_steps(ScanShared &s, const Steps &st
 static __device__ __forceinline__ float share_state(ScanShared &s, const float (&state)[16], int thread) {
     const int warp = thread / WARP, lane = thread % WARP;
     float most = 0.0f;
-    uint32_t bits = 0;
 #pragma unroll
     for (int i = 0; i < 16; i++) most = fmaxf(most, fabsf(state[i]));
-    bits = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
+    uint32_t bits = __reduce_max_sync(0xffffffffu, __float_as_uint(most));
     if (lane == 0) s.largest[warp] = bits;
     named_barrier<1, MULTIPLIERS>();
 #pragma unroll
@@ -136,7 +135,7 @@ template <bool reverse>
 static __device__ __forceinline__ void multiply_transition(float (&d)[16], uint32_t m, uint32_t state, int warpgroup) {
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) {
-        const uint64_t right = tile_descriptor(state + step / 4 * (4096 / 16) + step % 4 * 2, 0);
+        const uint64_t right = tile_descriptor(state + step / 4 * (OPERAND_BYTES / 16) + step % 4 * 2, 0);
         if (reverse) wgmma_64x32_shared<0>(d, tile_descriptor(m + warpgroup * 2 * TILE_UNITS + step_units(step), 0), right);
         else wgmma_64x32_shared<1>(d, tile_descriptor(m + (step / 4 * 2 + warpgroup) * TILE_UNITS + step % 4 * 128, 0), right);
     }
@@ -195,7 +194,7 @@ static __device__ __forceinline__ void run_steps(ScanShared &s, const Steps &ste
     }
 }
 
-/* Element of h0 by element. */
+/* The block's part of h0, in any of its layouts: once a sequence. */
 static __device__ __forceinline__ void load_given(const fqla__forward_params &p, float (&state)[16], int64_t entry, int quarter, int thread) {
     const Part part = find_part(thread);
 #pragma unroll

@@ -106,11 +106,11 @@ static __device__ __forceinline__ float2 factors_of(const float *factors, const 
     return *(const float2 *)((const char *)factors + lane.pair + 32 * tile);
 }
 
-/* Vn as two left operands: as it is, and with its columns multiplied. */
+/* Vn as two left operands, of tiles [first, end) of eight tokens: as it is, and with its columns multiplied. */
 static __device__ __forceinline__ void pack_columns(uint32_t (&plain)[16], uint32_t (&scaled)[16], const float (&d)[32], const float *factors,
-                                                    const Lane &lane) {
+                                                    const Lane &lane, int first, int end) {
 #pragma unroll
-    for (int tile = 0; tile < CHUNK / 8; tile++) {
+    for (int tile = first; tile < end; tile++) {
         const float2 factor = factors_of(factors, lane, tile);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -153,15 +153,15 @@ static __device__ __forceinline__ void subtract_from_v(float (&ks)[32], const Ti
     }
 }
 
-/* Multiply the columns (tokens) of a 64 x 64 accumulator by sign times their factors. */
-template <int sign> static __device__ __forceinline__ void scale_columns(float (&d)[32], const float *factors, const Lane &lane) {
+/* Multiply the columns (tokens) of a 64 x 64 accumulator by their factors. */
+static __device__ __forceinline__ void scale_columns(float (&d)[32], const float *factors, const Lane &lane) {
 #pragma unroll
     for (int tile = 0; tile < CHUNK / 8; tile++) {
         const float2 factor = factors_of(factors, lane, tile);
-        d[4 * tile] *= sign * factor.x;
-        d[4 * tile + 1] *= sign * factor.y;
-        d[4 * tile + 2] *= sign * factor.x;
-        d[4 * tile + 3] *= sign * factor.y;
+        d[4 * tile] *= factor.x;
+        d[4 * tile + 1] *= factor.y;
+        d[4 * tile + 2] *= factor.x;
+        d[4 * tile + 3] *= factor.y;
     }
 }
 
@@ -198,7 +198,7 @@ static __device__ __forceinline__ void start_vn(float (&ks)[32], uint32_t (&w16)
         }
     }
     pack_operand(w16, ks);
-    scale_columns<1>(ks, factors.beta, lane);
+    scale_columns(ks, factors.beta, lane);
 }
 
 /* state += K^T (update Vn), 16 tokens as soon as their operand is packed; vn16: Vn itself, for O. */
@@ -206,22 +206,13 @@ static __device__ __forceinline__ void start_update(float (&state)[64], uint32_t
                                                     const float *update, uint32_t k, const Lane &lane) {
 #pragma unroll
     for (int step = 0; step < CHUNK / 16; step++) {
-#pragma unroll
-        for (int tile = 2 * step; tile < 2 * step + 2; tile++) {
-            const float2 factor = factors_of(update, lane, tile);
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float low = vn[4 * tile + 2 * half], high = vn[4 * tile + 2 * half + 1];
-                vn16[2 * tile + half] = pack_elements(low, high);
-                update16[2 * tile + half] = pack_elements(low * factor.x, high * factor.y);
-            }
-        }
+        pack_columns(vn16, update16, vn, update, lane, 2 * step, 2 * step + 2);
         wgmma_fence();
         wgmma_64x128_transposed(state, &update16[4 * step], tile_descriptor(k + step * 128, TILE_UNITS));
     }
 }
 
-/* The state through a chunk, alone. k, t: their units. v NULL: zero. */
+/* The state through a chunk, alone. k, t: their units. */
 static __device__ __forceinline__ void advance_state(float (&state)[64], uint32_t k, uint32_t t, const fqla__factors &factors, const Tile *v,
                                                      const Lane &lane) {
     uint32_t state16[32], w16[16];
@@ -233,16 +224,15 @@ static __device__ __forceinline__ void advance_state(float (&state)[64], uint32_
     scale_state(state, factors.gamma_chunk);
     wgmma_wait<0>();
     wgmma_settle(ks);
-    if (v) subtract_from_v(ks, v, factors.w, lane);
-    else scale_columns<-1>(ks, factors.w, lane);
+    subtract_from_v(ks, v, factors.w, lane);
     pack_operand(w16, ks);
-    scale_columns<1>(ks, factors.beta, lane);
+    scale_columns(ks, factors.beta, lane);
     wgmma_fence();
     multiply_square(ks, w16, t);
     wgmma_commit();
     wgmma_wait<0>();
     wgmma_settle(ks);
-    scale_columns<1>(ks, factors.update, lane);
+    scale_columns(ks, factors.update, lane);
     pack_operand(w16, ks);
     wgmma_fence();
     multiply_update(state, w16, k);

@@ -4,10 +4,13 @@ static int64_t fqla__cuda_backward_segments(const fqla_plan *plan) {
     return (int64_t)plan->desc.max_seqs + plan->cuda.backward.extra_segments;
 }
 
-/* The most segments of cut sequences, as for the forward. */
+/* The most cut sequences and segments of those, as for the forward. */
+static int64_t fqla__cuda_backward_cut(const fqla_plan *plan) {
+    return fqla__cuda_most_cut(plan->desc.max_seqs, fqla__cuda_backward_segments(plan));
+}
+
 static int64_t fqla__cuda_backward_kept(const fqla_plan *plan) {
-    const int64_t extra = plan->cuda.backward.extra_segments;
-    return extra + (extra < plan->desc.max_seqs ? extra : plan->desc.max_seqs);
+    return plan->cuda.backward.extra_segments + fqla__cuda_backward_cut(plan);
 }
 
 /* The workspace: what kernel prepare makes where a forward has left no residuals; the chunks' states; what segments start from,
@@ -76,7 +79,7 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
                                              fqla_stream stream) {
     const int64_t heads = plan->desc.heads_v, kept = fqla__cuda_backward_kept(plan), sm_count = plan->context->summary.sm_count;
     const int64_t items = fqla__cuda_max_chunks(&plan->desc) * plan->desc.heads_qk;
-    const int64_t quarters = fqla__cuda_most_cut(plan->desc.max_seqs, fqla__cuda_backward_segments(plan)) * heads * 8;
+    const int64_t quarters = fqla__cuda_backward_cut(plan) * heads * 8;
     fqla_status status = FQLA_OK;
     if (kept > 0) {
         p->first_pass = 1;
@@ -86,7 +89,7 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
         p->first_pass = 0;
         if (status == FQLA_OK)
             status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_SCAN, quarters < sm_count ? quarters : sm_count,
-                                       FQLA__BACKWARD_SCAN_THREADS, true, &p->forward, stream);
+                                       FQLA__SCAN_THREADS, true, &p->forward, stream);
     }
     if (status == FQLA_OK)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_CHAINS_BF16,

@@ -16,8 +16,6 @@ typedef struct fqla__chunk_states {
 enum {
     FQLA__CHAINS_THREADS = 384,          /* a warpgroup that owns 64 state columns, one that makes P, one that copies */
     FQLA__CHAINS_SHARED_BYTES = 227328,  /* ChainShared in ptx/backward_chain_shared.h */
-    FQLA__BACKWARD_SCAN_THREADS = 288,   /* as kernel scan's */
-    FQLA__BACKWARD_SCAN_SHARED_BYTES = 205824, /* ScanShared in ptx/scan_step.h */
     FQLA__GRADIENTS_THREADS = 512,       /* a warpgroup for dq, one for dk, one for the 64 x 64 matrices, one for loads and gates */
     FQLA__GRADIENTS_SHARED_BYTES = 227328, /* GradientsShared in ptx/backward_shared.h */
     FQLA__SUMS_THREADS = 256,

@@ -71,7 +71,7 @@ static const struct {
     {"backward_gradients_bf16", FQLA__GRADIENTS_SHARED_BYTES},
     {"backward_gradients_fp16", FQLA__GRADIENTS_SHARED_BYTES},
     {"scan", FQLA__SCAN_SHARED_BYTES},
-    {"backward_scan", FQLA__BACKWARD_SCAN_SHARED_BYTES},
+    {"backward_scan", FQLA__SCAN_SHARED_BYTES},
     {"backward_sums", 0},
 };
 

@@ -7,16 +7,13 @@ static int64_t fqla__cuda_max_chunks(const fqla_plan_desc *desc) {
 
 static int64_t fqla__cuda_max_segments(const fqla_plan *plan) { return (int64_t)plan->desc.max_seqs + plan->cuda.schedule.extra_segments; }
 
-/* The most segments of cut sequences: a cut sequence has one that is none of the extra ones. */
-static int64_t fqla__cuda_max_kept(const fqla_plan *plan) {
-    const int64_t extra = plan->cuda.schedule.extra_segments;
-    return extra + (extra < plan->desc.max_seqs ? extra : plan->desc.max_seqs);
-}
-
 /* The most cut sequences. */
 static int64_t fqla__cuda_max_cut(const fqla_plan *plan) {
     return fqla__cuda_most_cut(plan->desc.max_seqs, fqla__cuda_max_segments(plan));
 }
+
+/* The most segments of cut sequences: a cut sequence has one that is none of the extra ones. */
+static int64_t fqla__cuda_max_kept(const fqla_plan *plan) { return plan->cuda.schedule.extra_segments + fqla__cuda_max_cut(plan); }
 
 /* Choose where to cut the sequences of these lengths, and send the tables that follow from it to the device. The driver has read
    pageable memory when the copy returns, so that staging may be filled again at once. */

@@ -73,7 +73,7 @@ enum {
     FQLA__PREPARE_SHARED_BYTES = 35840,  /* dynamic shared memory: PrepareShared in ptx/prepare.cu */
     FQLA__STATES_THREADS = 256,          /* a warpgroup that owns 64 state columns, one that loads */
     FQLA__STATES_SHARED_BYTES = 105472,  /* StatesShared in ptx/states.cu */
-    FQLA__SCAN_THREADS = 288,            /* two warpgroups that multiply, a warp that loads */
+    FQLA__SCAN_THREADS = 288,            /* scan and backward_scan: two warpgroups that multiply, a warp that loads */
     FQLA__SCAN_SHARED_BYTES = 205824,    /* ScanShared in ptx/scan_step.h */
     FQLA__FORWARD_THREADS = 512,         /* whole V: two warpgroups that own 64 state columns each, one that makes P, one that copies */
     FQLA__FORWARD_SHARED_BYTES = 228352, /* ForwardShared in ptx/forward_shared.h */

@@ -5,7 +5,8 @@
 // What the model cannot know is assumed: a quarter of the heads is exact (ptx/segment.h), the others warm up over six chunks; where
 // segments are shorter than that, all heads are exact.
 
-/* Microseconds on one multiprocessor of a Hopper GPU. states and scan have become faster since; with these the choices stay right. */
+/* Microseconds on one multiprocessor of a Hopper GPU. Those of states and scan are of earlier, slower kernels: with 1.1 for a segment, as it
+   is now, the model cuts 16/48 2x16384, which takes a tenth longer than whole. */
 static const struct {
     double prepare;              /* a chunk of a v-head, kernel prepare */
     double whole, half;          /* a chunk of a v-head, forward and forward_half */

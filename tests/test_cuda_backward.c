@@ -108,7 +108,7 @@ static enum greatest_test_res backward_launched(const fqla_plan *plan, int first
         {"prepare_", !residuals, 0, chunks * heads / (unsigned int)p.forward.heads_per_block, FQLA__PREPARE_THREADS,
          FQLA__PREPARE_SHARED_BYTES},
         {"backward_chains_", extra > 0, 1, kept * heads * 6, FQLA__CHAINS_THREADS, FQLA__CHAINS_SHARED_BYTES},
-        {"backward_scan", extra > 0, 0, quarters < sm_count ? quarters : sm_count, FQLA__BACKWARD_SCAN_THREADS, FQLA__BACKWARD_SCAN_SHARED_BYTES},
+        {"backward_scan", extra > 0, 0, quarters < sm_count ? quarters : sm_count, FQLA__SCAN_THREADS, FQLA__SCAN_SHARED_BYTES},
         {"backward_chains_", 1, 0, segments * heads * 4, FQLA__CHAINS_THREADS, FQLA__CHAINS_SHARED_BYTES},
         {"backward_gradients_", 1, 0, items < sm_count ? items : sm_count, FQLA__GRADIENTS_THREADS, FQLA__GRADIENTS_SHARED_BYTES},
         {"backward_sums", raw, 0, heads, FQLA__SUMS_THREADS, 0},
