@@ -57,10 +57,12 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
         mbarrier_init(&s.cleared, PRODUCERS);
         mbarrier_init(&s.second_full, 1);
         mbarrier_init(&s.qk_free, PRODUCERS_WARPS);
-        mbarrier_init(&s.sent, 2);
         mbarrier_init(&s.used, USERS_WARPS);
         mbarrier_init(&s.scores_ready, WARPGROUP / WARP);
-        for (int i = 0; i < 2; i++) mbarrier_init(&s.first_full[i], 1);
+        for (int i = 0; i < 2; i++) {
+            mbarrier_init(&s.first_full[i], 1);
+            mbarrier_init(&s.sent[i], 2);
+        }
         for (int i = 0; i < SUMS; i++) {
             mbarrier_init(&s.sums_full[i], USERS_WARPS);
             mbarrier_init(&s.sums_free[i], 1);

@@ -74,7 +74,7 @@ static __device__ void run_loads(const fqla__backward_params &p, GradientsShared
         }
         mbarrier_wait(&s.qk_free, item % 2);
         if (item + 1 < items) load_chunk_rows(p, s, s.places[(item + 1) % PLACES]);
-        mbarrier_wait(&s.sent, item % 2); /* dq and dk leave by way of the place of the last step's first part */
+        mbarrier_wait(&s.sent[item % 2], item / 2 % 2); /* dq and dk leave by way of the place of the last step's first part */
         load_first(p, s, item + 1, items, 1, n + 1);
     }
 }

@@ -110,9 +110,9 @@ static __device__ __forceinline__ void through_norm(float (&d)[64], const Tile *
 }
 
 /* dq or dk to memory, by way of two tiles of the item's last step's first part, which all have read. */
-template <int barrier> static __device__ __forceinline__ void send_gradient(const float (&d)[64], GradientsShared &s, Tile *tiles,
-                                                                            const Place &place, const void *map, void *rows,
-                                                                            int64_t token, int64_t head, int thread) {
+template <int barrier> static __device__ __forceinline__ void send_gradient(const float (&d)[64], Tile *tiles,
+                                                                            uint64_t *sent, const Place &place, const void *map,
+                                                                            void *rows, int64_t token, int64_t head, int thread) {
     const int warp = thread / WARP, lane = thread % WARP;
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) store_tile_block(&tiles[step / 4], warp, step % 4, lane, &d[8 * step]);
@@ -133,7 +133,7 @@ template <int barrier> static __device__ __forceinline__ void send_gradient(cons
         }
         meet<barrier, WARPGROUP>();
     }
-    if (thread == 0) mbarrier_arrive(&s.sent);
+    if (thread == 0) mbarrier_arrive(sent);
     __syncwarp();
 }
 
@@ -175,7 +175,7 @@ static __device__ void run_queries(const fqla__backward_params &p, GradientsShar
         if (p.forward.l2norm) through_norm(dq, s.q, s.square_q, warp, lane);
         arrive_warp(&s.qk_free, lane);
         mbarrier_wait(&s.used, (n - 1) % 2);
-        send_gradient<QUERIES_BARRIER>(dq, s, s.first[(n - 1) % 2].ds[0], place, &p.dq, p.dq_rows, p.forward.q_token,
+        send_gradient<QUERIES_BARRIER>(dq, s.first[(n - 1) % 2].ds[0], &s.sent[item % 2], place, &p.dq, p.dq_rows, p.forward.q_token,
                                        p.forward.q_head, thread);
     }
 }
@@ -227,7 +227,8 @@ static __device__ void run_keys(const fqla__backward_params &p, GradientsShared 
         if (p.forward.l2norm) through_norm(dk, s.k, s.square_k, warp, lane);
         arrive_warp(&s.qk_free, lane);
         mbarrier_wait(&s.used, (n - 1) % 2);
-        send_gradient<KEYS_BARRIER>(dk, s, s.first[(n - 1) % 2].ds[1], place, &p.dk, p.dk_rows, p.k_token, p.k_head, thread);
+        send_gradient<KEYS_BARRIER>(dk, s.first[(n - 1) % 2].ds[1], &s.sent[item % 2], place, &p.dk, p.dk_rows, p.k_token, p.k_head,
+                                    thread);
     }
 }
 

@@ -80,7 +80,8 @@ typedef struct __align__(1024) GradientsShared {
     uint64_t qk_full, first_full[2], second_full; /* copy engine -> producers, HELPERS */
     uint64_t cleared;           /* producers -> producers: the rows past a sequence's end are zeros */
     uint64_t qk_free;           /* producers -> HELPERS: q and k may be overwritten */
-    uint64_t sent;              /* QUERIES, KEYS -> HELPERS: dq and dk have left first */
+    uint64_t sent[2];           /* QUERIES, KEYS -> HELPERS: dq and dk of item i have left first; i % 2, since with one v-head a q/k
+                                   head the next item's can leave before HELPERS look */
     uint64_t used;              /* producers, HELPERS -> HELPERS: the step's first and second part may be overwritten;
                                    -> SCORES: dp, m of the step before */
     uint64_t scores_ready;      /* SCORES -> QUERIES, KEYS: dp, m */

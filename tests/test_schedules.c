@@ -23,6 +23,7 @@ static const case_spec layouts[] = {
     { .name = "ungated", .plan = { .heads_qk = 1, .heads_v = 1, .dtype = FQLA_DTYPE_FP16 }, .lens = { 321 }, .gates = GATES_ZERO, .seed = 61 },
     { .name = "strong", .plan = { .heads_qk = 1, .heads_v = 2, .l2norm = 1, .beta = FQLA_BETA_SIGMOID }, .lens = { 256 },
       .gates = GATES_STRONG, .seed = 62 },
+    { .name = "as_many_heads", .plan = { .heads_qk = 4, .heads_v = 4, .num_seqs = 2 }, .lens = { 200, 140 }, .seed = 63 },
 };
 
 SUITE(schedules) {
