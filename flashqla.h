@@ -122,7 +122,8 @@
     How much that is: on the CPU about 1.5 MB a thread, and with backward a state a chunk of the longest sequence; on a GPU 6.5 KB a
     chunk of 64 tokens and v-head (220 MB at 32768 tokens and 64 v-heads), and up to 100 MB where sequences may be cut; with backward 80 KB more
     a chunk and v-head, and 160 KB a segment and v-head where its sequences may be cut. A plan with low_memory goes through the tokens
-    in windows: 16/32 heads and a sequence of 131072 tokens take 223 MB for 6 GB, and half as long again.
+    in windows: 16/32 heads and a sequence of 131072 tokens take 223 MB for 6 GB, and half as long again. One with needs_residuals saves the
+    6.5 KB, which its residuals hold.
 
     SCHEDULE
     ========
@@ -382,6 +383,8 @@ typedef struct fqla_plan_desc {
     int32_t low_memory;           /* CUDA, with backward: 1: fqla_backward goes through the tokens in windows, so that its workspace grows
                                      with the square root of a sequence's length and no more, and goes over the states twice. Such a
                                      plan keeps its lengths (no fqla_plan_update), and fqla_forward needs residuals. CPU: no effect */
+    int32_t needs_residuals;      /* CUDA, with backward: 1: fqla_backward always gets residuals, so that the workspace has no room to make
+                                     them anew: 80 KB a chunk and v-head instead of 86.5. CPU: no effect */
 } fqla_plan_desc;
 
 typedef struct fqla_plan_summary {
@@ -442,7 +445,7 @@ typedef struct fqla_backward_args {
     void *dq, *dk, *dv, *dg, *dbeta;  /* required, written (not added to) */
     void *dh0;                        /* optional */
     float *dA_log, *ddt_bias;         /* required with FQLA_GATE_RAW: [HV], summed over all tokens */
-    const void *residuals;            /* optional: what fqla_forward saved on these inputs */
+    const void *residuals;            /* what fqla_forward saved on these inputs; optional but with needs_residuals on CUDA */
     size_t residuals_size;
     void *workspace;
     size_t workspace_size;
@@ -5239,7 +5242,7 @@ static int64_t fqla__cuda_backward_kept(const fqla_plan *plan) {
     return plan->cuda.backward.extra_segments + fqla__cuda_backward_cut(plan);
 }
 
-/* The workspace: what kernel prepare makes where a forward has left no residuals; the chunks' states; what segments start from,
+/* The workspace: what kernel prepare makes where a forward has left no residuals (no room in a plan that needs them); the chunks' states; what segments start from,
    forwards and backwards, and their transitions; the raw gates' sums. In a low_memory plan the first two are a window's; the next a
    sequence's parts' first states, but the first part's, and two gradients, of the part at hand and of the one before. */
 typedef struct fqla__cuda_backward_layout {
@@ -5258,7 +5261,7 @@ static fqla__cuda_backward_layout fqla__cuda_backward_workspace(const fqla_plan 
         gradients = measure.parts > 1 ? 2 * heads : 0;
         transitions = 0;
     }
-    layout.chunks = (size_t)fqla__round_up((int64_t)(entries * sizeof(fqla__prepared_chunk)), FQLA__ALIGNMENT);
+    layout.chunks = d->needs_residuals ? 0 : (size_t)fqla__round_up((int64_t)(entries * sizeof(fqla__prepared_chunk)), FQLA__ALIGNMENT);
     layout.states = layout.chunks + entries * sizeof(fqla__chunk_states);
     layout.gradients = layout.states + states * sizeof(fqla__kept_state);
     layout.transitions = layout.gradients + gradients * sizeof(fqla__kept_state);
@@ -5405,7 +5408,11 @@ static fqla_status fqla__cuda_backward(const fqla_plan *plan, const fqla_backwar
     const bool prepares = args->residuals == NULL && !d->low_memory;
     fqla__backward_params p;
     fqla__run run;
-    fqla_status status = fqla__cuda_enter(plan->context, function);
+    fqla_status status;
+    if (d->needs_residuals && args->residuals == NULL)
+        return fqla__fail(&plan->context->desc, FQLA_ERROR_NULL_POINTER,
+                          "%s: backward_args.residuals is NULL; with plan_desc.needs_residuals the workspace has no room for them", function);
+    status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     memset(&run, 0, sizeof run);
     run.plan = plan;
@@ -5747,6 +5754,7 @@ static fqla_status fqla__plan_resolve(const fqla_context *context, fqla_plan_des
         (status = fqla__check_flag(log, "backward", d->backward)) != FQLA_OK ||
         (status = fqla__check_flag(log, "external_workspace", d->external_workspace)) != FQLA_OK ||
         (status = fqla__check_flag(log, "low_memory", d->low_memory)) != FQLA_OK ||
+        (status = fqla__check_flag(log, "needs_residuals", d->needs_residuals)) != FQLA_OK ||
         (status = fqla__check_range(log, "heads_qk", d->heads_qk, 1, 65536)) != FQLA_OK ||
         (status = fqla__check_range(log, "heads_v", d->heads_v, 1, 65536)) != FQLA_OK ||
         (status = fqla__check_range(log, "num_seqs", d->num_seqs, 1, 1 << 20)) != FQLA_OK ||
@@ -5786,8 +5794,9 @@ static fqla_status fqla__plan_resolve(const fqla_context *context, fqla_plan_des
     if (d->scale == 0.0f) d->scale = (float)(1.0 / sqrt((double)d->dim_k));
     if (d->backward && d->gate == FQLA_GATE_LINEAR)
         return fqla__fail(log, FQLA_ERROR_UNSUPPORTED, "plan_desc.backward is 1 with gate LINEAR; the backward takes LOG and RAW");
-    if (d->low_memory && !d->backward)
-        return fqla__fail(log, FQLA_ERROR_INVALID_VALUE, "plan_desc.low_memory is 1 and backward is 0; it is about the backward's workspace");
+    if ((d->low_memory || d->needs_residuals) && !d->backward)
+        return fqla__fail(log, FQLA_ERROR_INVALID_VALUE, "plan_desc.%s is 1 and backward is 0; it is about the backward's workspace",
+                          d->low_memory ? "low_memory" : "needs_residuals");
     if (d->backward && d->pool_size > 0)
         return fqla__fail(log, FQLA_ERROR_UNSUPPORTED, "plan_desc.backward is 1 with pool_size %d; the backward takes no pool",
                           (int)d->pool_size);

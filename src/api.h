@@ -121,7 +121,8 @@
     How much that is: on the CPU about 1.5 MB a thread, and with backward a state a chunk of the longest sequence; on a GPU 6.5 KB a
     chunk of 64 tokens and v-head (220 MB at 32768 tokens and 64 v-heads), and up to 100 MB where sequences may be cut; with backward 80 KB more
     a chunk and v-head, and 160 KB a segment and v-head where its sequences may be cut. A plan with low_memory goes through the tokens
-    in windows: 16/32 heads and a sequence of 131072 tokens take 223 MB for 6 GB, and half as long again.
+    in windows: 16/32 heads and a sequence of 131072 tokens take 223 MB for 6 GB, and half as long again. One with needs_residuals saves the
+    6.5 KB, which its residuals hold.
 
     SCHEDULE
     ========
@@ -381,6 +382,8 @@ typedef struct fqla_plan_desc {
     int32_t low_memory;           /* CUDA, with backward: 1: fqla_backward goes through the tokens in windows, so that its workspace grows
                                      with the square root of a sequence's length and no more, and goes over the states twice. Such a
                                      plan keeps its lengths (no fqla_plan_update), and fqla_forward needs residuals. CPU: no effect */
+    int32_t needs_residuals;      /* CUDA, with backward: 1: fqla_backward always gets residuals, so that the workspace has no room to make
+                                     them anew: 80 KB a chunk and v-head instead of 86.5. CPU: no effect */
 } fqla_plan_desc;
 
 typedef struct fqla_plan_summary {
@@ -441,7 +444,7 @@ typedef struct fqla_backward_args {
     void *dq, *dk, *dv, *dg, *dbeta;  /* required, written (not added to) */
     void *dh0;                        /* optional */
     float *dA_log, *ddt_bias;         /* required with FQLA_GATE_RAW: [HV], summed over all tokens */
-    const void *residuals;            /* optional: what fqla_forward saved on these inputs */
+    const void *residuals;            /* what fqla_forward saved on these inputs; optional but with needs_residuals on CUDA */
     size_t residuals_size;
     void *workspace;
     size_t workspace_size;

@@ -13,7 +13,7 @@ static int64_t fqla__cuda_backward_kept(const fqla_plan *plan) {
     return plan->cuda.backward.extra_segments + fqla__cuda_backward_cut(plan);
 }
 
-/* The workspace: what kernel prepare makes where a forward has left no residuals; the chunks' states; what segments start from,
+/* The workspace: what kernel prepare makes where a forward has left no residuals (no room in a plan that needs them); the chunks' states; what segments start from,
    forwards and backwards, and their transitions; the raw gates' sums. In a low_memory plan the first two are a window's; the next a
    sequence's parts' first states, but the first part's, and two gradients, of the part at hand and of the one before. */
 typedef struct fqla__cuda_backward_layout {
@@ -32,7 +32,7 @@ static fqla__cuda_backward_layout fqla__cuda_backward_workspace(const fqla_plan 
         gradients = measure.parts > 1 ? 2 * heads : 0;
         transitions = 0;
     }
-    layout.chunks = (size_t)fqla__round_up((int64_t)(entries * sizeof(fqla__prepared_chunk)), FQLA__ALIGNMENT);
+    layout.chunks = d->needs_residuals ? 0 : (size_t)fqla__round_up((int64_t)(entries * sizeof(fqla__prepared_chunk)), FQLA__ALIGNMENT);
     layout.states = layout.chunks + entries * sizeof(fqla__chunk_states);
     layout.gradients = layout.states + states * sizeof(fqla__kept_state);
     layout.transitions = layout.gradients + gradients * sizeof(fqla__kept_state);
@@ -179,7 +179,11 @@ static fqla_status fqla__cuda_backward(const fqla_plan *plan, const fqla_backwar
     const bool prepares = args->residuals == NULL && !d->low_memory;
     fqla__backward_params p;
     fqla__run run;
-    fqla_status status = fqla__cuda_enter(plan->context, function);
+    fqla_status status;
+    if (d->needs_residuals && args->residuals == NULL)
+        return fqla__fail(&plan->context->desc, FQLA_ERROR_NULL_POINTER,
+                          "%s: backward_args.residuals is NULL; with plan_desc.needs_residuals the workspace has no room for them", function);
+    status = fqla__cuda_enter(plan->context, function);
     if (status != FQLA_OK) return status;
     memset(&run, 0, sizeof run);
     run.plan = plan;

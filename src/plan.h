@@ -107,6 +107,7 @@ static fqla_status fqla__plan_resolve(const fqla_context *context, fqla_plan_des
         (status = fqla__check_flag(log, "backward", d->backward)) != FQLA_OK ||
         (status = fqla__check_flag(log, "external_workspace", d->external_workspace)) != FQLA_OK ||
         (status = fqla__check_flag(log, "low_memory", d->low_memory)) != FQLA_OK ||
+        (status = fqla__check_flag(log, "needs_residuals", d->needs_residuals)) != FQLA_OK ||
         (status = fqla__check_range(log, "heads_qk", d->heads_qk, 1, 65536)) != FQLA_OK ||
         (status = fqla__check_range(log, "heads_v", d->heads_v, 1, 65536)) != FQLA_OK ||
         (status = fqla__check_range(log, "num_seqs", d->num_seqs, 1, 1 << 20)) != FQLA_OK ||
@@ -146,8 +147,9 @@ static fqla_status fqla__plan_resolve(const fqla_context *context, fqla_plan_des
     if (d->scale == 0.0f) d->scale = (float)(1.0 / sqrt((double)d->dim_k));
     if (d->backward && d->gate == FQLA_GATE_LINEAR)
         return fqla__fail(log, FQLA_ERROR_UNSUPPORTED, "plan_desc.backward is 1 with gate LINEAR; the backward takes LOG and RAW");
-    if (d->low_memory && !d->backward)
-        return fqla__fail(log, FQLA_ERROR_INVALID_VALUE, "plan_desc.low_memory is 1 and backward is 0; it is about the backward's workspace");
+    if ((d->low_memory || d->needs_residuals) && !d->backward)
+        return fqla__fail(log, FQLA_ERROR_INVALID_VALUE, "plan_desc.%s is 1 and backward is 0; it is about the backward's workspace",
+                          d->low_memory ? "low_memory" : "needs_residuals");
     if (d->backward && d->pool_size > 0)
         return fqla__fail(log, FQLA_ERROR_UNSUPPORTED, "plan_desc.backward is 1 with pool_size %d; the backward takes no pool",
                           (int)d->pool_size);

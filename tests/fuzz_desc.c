@@ -237,6 +237,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (byte(&in) % 2 == 0) d.backward = number(&in, 2);
     d.external_workspace = byte(&in) % 8 == 0;
     if (byte(&in) % 8 == 0) d.low_memory = number(&in, 2);
+    if (byte(&in) % 8 == 0) d.needs_residuals = number(&in, 2);
     if (fqla_plan_create(context, &d, &plan) == FQLA_OK) {
         num_seqs = d.num_seqs;
         run_plan(&in, plan, &d, num_seqs);

@@ -60,6 +60,8 @@ static const case_spec features[] = {
       .own_workspace = true, .rows = ROWS_GAPPED, .seed = 43 },
     { .name = "low_memory", .plan = { .heads_qk = 1, .heads_v = 2, .num_seqs = 3, .low_memory = 1 }, .lens = { 100, 0, 30 },
       .residuals = true, .seed = 44 },
+    { .name = "needs_residuals", .plan = { .heads_qk = 1, .heads_v = 2, .num_seqs = 2, .needs_residuals = 1 }, .lens = { 100, 40 },
+      .residuals = true, .own_workspace = true, .seed = 45 },
     { .name = "own_workspace", .plan = { .heads_v = 2 }, .lens = { 80 }, .own_workspace = true, .seed = 14 },
     { .name = "scale", .plan = { .heads_v = 2, .scale = -0.75f }, .lens = { 80 }, .seed = 15 },
     { .name = "sigmoid_beta", .plan = { .heads_v = 2, .beta = FQLA_BETA_SIGMOID }, .lens = { 80 }, .seed = 16 },

@@ -186,6 +186,8 @@ TEST plan_enums_and_flags(void) {
     REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "external_workspace", "7", d.external_workspace = 7);
     REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "low_memory", "-1", d.low_memory = -1; d.backward = 1);
     REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "low_memory", "1", d.low_memory = 1);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "needs_residuals", "2", d.needs_residuals = 2; d.backward = 1);
+    REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "needs_residuals", "1", d.needs_residuals = 1);
     REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "scale", "nan", d.scale = NAN);
     REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "scale", "inf", d.scale = INFINITY);
     REFUSED_PLAN(FQLA_ERROR_INVALID_VALUE, "scale", "-inf", d.scale = -INFINITY);

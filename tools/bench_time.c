@@ -172,6 +172,7 @@ static void make_plan(run *r, spread s) {
     desc.v_split = s.v_split;
     desc.segment_chunks = s.segment_chunks;
     desc.low_memory = desc.backward ? s.low_memory : 0;
+    desc.needs_residuals = desc.backward; /* its forward saves them: make_residuals */
     r->status = fqla_plan_create(r->lib->context, &desc, &r->plan);
     free(cu_seqlens);
 }
