@@ -146,32 +146,37 @@ typedef struct Decays {
     float log2_gamma; /* of the whole chunk */
 } Decays;
 
-/* What is given of them; of a token past the end what the first one has. */
-typedef struct Gates {
-    float g[TOKENS], beta[TOKENS];
-} Gates;
+/* The v-head that a block's warp number `warp` serves. */
+static __device__ __forceinline__ int head_of(const fqla__forward_params &p, int head_qk, int part, int ratio, int warp) {
+    const int of_group = part * p.heads_per_block + warp;
+    return p.head_map == 0 ? head_qk * ratio + of_group : of_group * p.heads_qk + head_qk;
+}
 
-static __device__ __forceinline__ Gates load_gates(const fqla__forward_params &p, int64_t first_row, int valid, int head,
-                                                   int lane) {
-    Gates given;
+/* g and beta of all heads as given, to where the decays will be; of a token past the end what the first one has. Threads side by side
+   take a token's heads, which lie side by side: by a warp a head, every token of every head was a line of the cache to look up. */
+static __device__ __forceinline__ void load_gates(const fqla__forward_params &p, PrepareShared &s, int64_t first_row, int valid,
+                                                  int head_qk, int part, int ratio, int thread) {
+    const int warp = thread % HEADS; /* whose head */
+    if (warp >= p.heads_per_block) return;
+    const int head = head_of(p, head_qk, part, ratio, warp);
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
-        const int64_t row = first_row + (lane + WARP * t < valid ? lane + WARP * t : 0);
-        given.g[t] = load_gate(p.g, row * p.g_token + head * p.g_head, p.gate == 2);
-        given.beta[t] = load_gate(p.beta, row * p.beta_token + head * p.beta_head, p.beta_form == 1);
+        const int token = thread / HEADS + WARP * t;
+        const int64_t row = first_row + (token < valid ? token : 0);
+        s.heads[warp].sum[token] = load_gate(p.g, row * p.g_token + head * p.g_head, p.gate == 2);
+        s.heads[warp].beta[token] = load_gate(p.beta, row * p.beta_token + head * p.beta_head, p.beta_form == 1);
     }
-    return given;
 }
 
 /* The decays, also to the warp's shared memory; the factors that need no K to their place. */
 static __device__ __forceinline__ Decays make_decays(const fqla__forward_params &p, HeadShared &s, fqla__factors &factors,
-                                                     const Gates &given, int valid, int head, int lane) {
+                                                     int valid, int head, int lane) {
     Decays d;
     float log2_block[BLOCKS];
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
         const bool live = lane + WARP * t < valid;
-        const float beta = plain_beta(p, given.beta[t]), log2_of_alpha = log2_alpha(p, head, given.g[t]);
+        const float beta = plain_beta(p, s.beta[lane + WARP * t]), log2_of_alpha = log2_alpha(p, head, s.sum[lane + WARP * t]);
         d.beta[t] = live ? beta : 0.0f;
         d.sum[t] = live ? log2_of_alpha : 0.0f;
     }
@@ -434,8 +439,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__PREPARE_THREADS, 6)
     const uint32_t ratio = (uint32_t)p.heads_v / (uint32_t)p.heads_qk, parts = ratio / (uint32_t)p.heads_per_block;
     const uint32_t groups = (uint32_t)p.heads_qk * parts, group = blockIdx.x % groups;
     const int64_t chunk_number = blockIdx.x / groups;
-    const int head_qk = (int)(group / parts), of_group = (int)(group % parts) * p.heads_per_block + warp;
-    const int head = p.head_map == 0 ? head_qk * (int)ratio + of_group : of_group * p.heads_qk + head_qk; /* reads head_qk */
+    const int head_qk = (int)(group / parts), part = (int)(group % parts), head = head_of(p, head_qk, part, (int)ratio, warp);
     const bool has_head = warp < p.heads_per_block;
 
     grid_launch_dependents();
@@ -463,8 +467,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__PREPARE_THREADS, 6)
         for (int half = 0; half < 2; half++)
             tma_load(&s.k[half], &p.k, half * FQLA__LOAD_COLUMNS, (int32_t)first_row, head_qk, &s.k_full);
     }
-    Gates given;
-    if (has_head) given = load_gates(p, first_row, valid, head, lane);
+    load_gates(p, s, first_row, valid, head_qk, part, (int)ratio, thread);
     __syncthreads();
     if (p.l2norm == FQLA__L2NORM_PREPARE) { /* by lanes 2 i and 2 i + 1 a row */
         const int row = BLOCK * warp + 2 * (lane / 2 % 8) + lane / 16;
@@ -474,7 +477,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__PREPARE_THREADS, 6)
     }
     Decays decays;
     fqla__prepared_chunk &chunk = p.prepared[chunk_number * p.heads_v + head];
-    if (has_head) decays = make_decays(p, s.heads[warp], chunk.factors, given, valid, head, lane);
+    if (has_head) decays = make_decays(p, s.heads[warp], chunk.factors, valid, head, lane);
 
     float kk[32];
     mbarrier_wait(&s.k_full, 0);
