@@ -1,5 +1,5 @@
 #include "case.h"
-#include "oracle.h"
+#include "rounded.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -170,8 +170,8 @@ static void buffers_free(test_case *c) {
         case_buffer *buffer = &c->buffers[name];
         if (buffer->memory != NULL && fqla_free(c->context, buffer->memory) != FQLA_OK) abort();
         free(buffer->before), free(buffer->after), free(buffer->written);
-        free(c->expected[name]);
-        c->expected[name] = NULL;
+        free(c->expected[name]), free(c->rounded[name]);
+        c->expected[name] = c->rounded[name] = NULL;
         c->t[name].buffer = NULL;
     }
     memset(c->buffers, 0, sizeof c->buffers);
@@ -650,20 +650,20 @@ static double *gather(const test_case *c, case_tensor_name name, int64_t row, in
     return out;
 }
 
-/* Put rows of an oracle's output where the tensor's dense expectation has them. */
-static void scatter(test_case *c, case_tensor_name name, int64_t row, int64_t rows, const double *values) {
+/* Put rows of an oracle's output where the tensor's dense results have them. */
+static void scatter(const test_case *c, double **results, case_tensor_name name, int64_t row, int64_t rows, const double *values) {
     const case_tensor *t = &c->t[name];
     const bool state = name == T_HT || name == T_SNAPSHOTS || name == T_DH0;
     int64_t r, h, i;
     int a, b;
     if (t->buffer == NULL) return;
-    if (c->expected[name] == NULL) {
-        c->expected[name] = (double *)calloc((size_t)(t->rows * t->heads * t->dim) + 1, sizeof(double));
-        if (c->expected[name] == NULL) abort();
+    if (results[name] == NULL) {
+        results[name] = (double *)calloc((size_t)(t->rows * t->heads * t->dim) + 1, sizeof(double));
+        if (results[name] == NULL) abort();
     }
     for (r = row; r < row + rows; r++)
         for (h = 0; h < t->heads; h++) {
-            double *to = c->expected[name] + (r * t->heads + h) * t->dim;
+            double *to = results[name] + (r * t->heads + h) * t->dim;
             for (i = 0; i < t->dim && !state; i++) to[i] = *values++;
             for (a = 0; a < c->dim_k && state; a++)
                 for (b = 0; b < c->dim_v; b++) to[state_index(c, a, b)] = *values++;
@@ -676,8 +676,9 @@ static double *zeros(int64_t count) {
     return memory;
 }
 
-/* The oracle on sequence n, forward or reverse. */
-static void expect_sequence(test_case *c, int32_t n, bool backward) {
+/* The oracle on sequence n, forward or reverse; rounds: with what a Hopper's kernels round. */
+static void expect_sequence(test_case *c, int32_t n, bool backward, bool rounds) {
+    double **const results = rounds ? c->rounded : c->expected;
     const fqla_plan_desc *d = &c->desc;
     const bool pool = d->pool_size > 0;
     const int32_t len = case_len(c, n), every = snapshot_every(c), snapshots = every > 0 && !backward ? len / every : 0;
@@ -698,10 +699,11 @@ static void expect_sequence(test_case *c, int32_t n, bool backward) {
         double *o = zeros(v), *ht = zeros(state), *entries = zeros(snapshots * state);
         p.snapshot_every = snapshots > 0 ? every : 0;
         p.o = o, p.ht = ht, p.snapshots = entries;
-        if (!padding) oracle_forward(&p);
-        scatter(c, T_O, row, len, o);
-        if (out >= 0) scatter(c, T_HT, out, 1, ht);
-        if (snapshots > 0) scatter(c, T_SNAPSHOTS, first_snapshot(c, n), snapshots, entries);
+        if (!padding && rounds) rounded_forward(&p, d->dtype);
+        else if (!padding) oracle_forward(&p);
+        scatter(c, results, T_O, row, len, o);
+        if (out >= 0) scatter(c, results, T_HT, out, 1, ht);
+        if (snapshots > 0) scatter(c, results, T_SNAPSHOTS, first_snapshot(c, n), snapshots, entries);
         free(o), free(ht), free(entries);
     } else {
         double *grad_o = gather(c, T_DO, row, len), *dht = gather(c, T_DHT, n, 1);
@@ -710,21 +712,32 @@ static void expect_sequence(test_case *c, int32_t n, bool backward) {
         int32_t h;
         p.do_ = grad_o, p.dht = dht;
         p.dq = dq, p.dk = dk, p.dv = dv, p.dg = dg, p.dbeta = dbeta, p.dh0 = dh0, p.dA_log = dA_log, p.ddt_bias = ddt_bias;
-        oracle_backward(&p);
-        scatter(c, T_DQ, row, len, dq);
-        scatter(c, T_DK, row, len, dk);
-        scatter(c, T_DV, row, len, dv);
-        scatter(c, T_DG, row, len, dg);
-        scatter(c, T_DBETA, row, len, dbeta);
-        scatter(c, T_DH0, n, 1, dh0);
-        if (c->expected[T_DA_LOG] != NULL) { /* sums over all sequences */
-            for (h = 0; h < d->heads_v; h++) dA_log[h] += c->expected[T_DA_LOG][h], ddt_bias[h] += c->expected[T_DDT_BIAS][h];
+        if (rounds) rounded_backward(&p, d->dtype);
+        else oracle_backward(&p);
+        scatter(c, results, T_DQ, row, len, dq);
+        scatter(c, results, T_DK, row, len, dk);
+        scatter(c, results, T_DV, row, len, dv);
+        scatter(c, results, T_DG, row, len, dg);
+        scatter(c, results, T_DBETA, row, len, dbeta);
+        scatter(c, results, T_DH0, n, 1, dh0);
+        if (results[T_DA_LOG] != NULL) { /* sums over all sequences */
+            for (h = 0; h < d->heads_v; h++) dA_log[h] += results[T_DA_LOG][h], ddt_bias[h] += results[T_DDT_BIAS][h];
         }
-        scatter(c, T_DA_LOG, 0, 1, dA_log);
-        scatter(c, T_DDT_BIAS, 0, 1, ddt_bias);
+        scatter(c, results, T_DA_LOG, 0, 1, dA_log);
+        scatter(c, results, T_DDT_BIAS, 0, 1, ddt_bias);
         free(grad_o), free(dht), free(dq), free(dk), free(dv), free(dg), free(dbeta), free(dh0), free(dA_log), free(ddt_bias);
     }
     free(q), free(k), free(values), free(g), free(beta), free(A_log), free(dt_bias), free(h0);
+}
+
+/* All sequences, anew. */
+static void expect(test_case *c, bool backward, bool rounds) {
+    double **const results = rounds ? c->rounded : c->expected;
+    int32_t n;
+    int name;
+    for (name = 0; name < T_COUNT; name++)
+        if (is_gradient((case_tensor_name)name) == backward) free(results[name]), results[name] = NULL;
+    for (n = 0; n < c->num_seqs; n++) expect_sequence(c, n, backward, rounds);
 }
 
 /* ---- comparing */
@@ -769,6 +782,31 @@ static const char *describe(const test_case *c, char *text, size_t size) {
 
 static char wrong[1024];
 
+/* A Hopper's results past a tolerance pass where the roundings that its kernels are made of, and nothing else, lead as far away on these
+   very inputs (rounded.h). The two agree to 2 % and less; the rest of five is float32's. */
+static const double ROUNDINGS_ALONE = 1.05;
+static int rounded_past; /* how often */
+
+/* How far; 0 on the CPU, which has no such excuse. */
+static double rounding_error(test_case *c, case_tensor_name name) {
+    const case_tensor *t = &c->t[name];
+    double error = 0.0, norm = 0.0;
+    int64_t r, h, i;
+    if (!test_on_cuda() || name == T_SNAPSHOTS) return 0.0;
+    if (c->rounded[name] == NULL) expect(c, is_gradient(name), true);
+    for (r = 0; r < t->rows; r++)
+        for (h = 0; h < t->heads; h++) {
+            if (t->buffer->written[element_offset(t, r, h, 0)] != MUST) continue;
+            for (i = 0; i < t->dim; i++) {
+                const int64_t at = (r * t->heads + h) * t->dim + i;
+                const double off = rounded(c->rounded[name][at], t->dtype) - c->expected[name][at];
+                error += off * off;
+                norm += c->expected[name][at] * c->expected[name][at];
+            }
+        }
+    return norm > 1e-12 ? sqrt(error / norm) : sqrt(error);
+}
+
 static const char *compare_tensor(test_case *c, case_tensor_name name) {
     const case_tensor *t = &c->t[name];
     const double allowed = tolerance(c, name);
@@ -797,6 +835,10 @@ static const char *compare_tensor(test_case *c, case_tensor_name name) {
         snprintf(worst[name][dtype_size(t->dtype) == 2].name, sizeof worst[0][0].name, "%s", c->spec.name);
     }
     if (relative <= allowed) return NULL;
+    if (relative <= ROUNDINGS_ALONE * rounding_error(c, name)) {
+        rounded_past++;
+        return NULL;
+    }
     snprintf(wrong, sizeof wrong, "%s: %s is off by %.3g, allowed %.3g (norm %.3g)", describe(c, text, sizeof text), names[name],
              relative,
              allowed, sqrt(norm));
@@ -811,6 +853,7 @@ void case_print_worst(void) {
                 printf("worst relative L2 error of %s in %d bits: %.3g (%s)\n", names[name], half ? 16 : 32,
                        worst[name][half].error,
                        worst[name][half].name);
+    if (rounded_past > 0) printf("past their tolerances by what 16-bit operands cost and no more: %d tensors\n", rounded_past);
 }
 
 /* Bytes that changed though no run may write them. all: not even outputs; gradients: which outputs the run had. */
@@ -838,11 +881,9 @@ const char *case_untouched(const test_case *c) { return find_trespass(c, true, f
 static const char *compare(test_case *c, bool backward) {
     const char *message = find_trespass(c, false, backward);
     uint32_t count;
-    int32_t n;
     int name;
-    for (name = 0; name < T_COUNT; name++)
-        if (is_gradient((case_tensor_name)name) == backward) free(c->expected[name]), c->expected[name] = NULL;
-    for (n = 0; n < c->num_seqs; n++) expect_sequence(c, n, backward);
+    expect(c, backward, false);
+    for (name = 0; name < T_COUNT; name++) free(c->rounded[name]), c->rounded[name] = NULL;
     for (name = T_O; name < T_BAD_INDEX_COUNT && message == NULL; name++)
         if (is_gradient((case_tensor_name)name) == backward) message = compare_tensor(c, (case_tensor_name)name);
     memcpy(&count, c->buffers[T_BAD_INDEX_COUNT].after + c->t[T_BAD_INDEX_COUNT].offset, sizeof count);

@@ -86,6 +86,7 @@ typedef struct test_case {
     int64_t fused_next; /* elements of a fused row handed out so far */
     uint64_t random;
     double *expected[T_COUNT]; /* the oracle's outputs, dense [rows, heads, dim] */
+    double *rounded[T_COUNT];  /* those with a Hopper's roundings, where they have been asked for */
 } test_case;
 
 /* Make the plan and the tensors. A status other than FQLA_OK is the plan's; then there is nothing to close. */

@@ -4,6 +4,7 @@
 #include "greatest.h"
 
 SUITE_EXTERN(oracle_and_golden);
+SUITE_EXTERN(roundings);
 SUITE_EXTERN(api);
 SUITE_EXTERN(bad_input);
 SUITE_EXTERN(failures);
@@ -79,6 +80,7 @@ int main(int argc, char **argv) {
     if (level != NULL) test_cpu_level = (fqla_cpu_level)choose("--cpu-level", level, levels);
     GREATEST_MAIN_BEGIN();
     RUN_SUITE(oracle_and_golden);
+    RUN_SUITE(roundings);
     RUN_SUITE(api);
     RUN_SUITE(bad_input);
     RUN_SUITE(failures);

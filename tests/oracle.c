@@ -6,7 +6,7 @@
 /* With S the state of one head, r its q/k head:
        S_t = alpha S + beta k e^T,   e = v - alpha S^T k,   o_t = scale S_t^T q                                          */
 
-static int head_qk(const oracle *p, int h) {
+int oracle_head_qk(const oracle *p, int h) {
     return p->head_map == FQLA_HEAD_MAP_MOD ? h % p->heads_qk : h / (p->heads_v / p->heads_qk);
 }
 
@@ -26,29 +26,28 @@ static double dot(const double *a, const double *b, int n) {
 static double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 static double softplus(double x) { return x > 40.0 ? x : log1p(exp(x)); }
 
-/* A row of q or k as the recurrence sees it; returns the factor. */
-static double normalised(const oracle *p, const double *row, double *out) {
-    const double factor = p->l2norm ? 1.0 / sqrt(dot(row, row, p->dim_k) + 1e-6) : 1.0;
+double oracle_norm_factor(const oracle *p, const double *row) { return p->l2norm ? 1.0 / sqrt(dot(row, row, p->dim_k) + 1e-6) : 1.0; }
+
+static void normalise(const oracle *p, const double *row, double *out) {
+    const double factor = oracle_norm_factor(p, row);
     int i;
     for (i = 0; i < p->dim_k; i++) out[i] = row[i] * factor;
-    return factor;
 }
 
-/* Add to `grad` the gradient of a row, given that of the normalised one. */
-static void add_through_norm(const oracle *p, const double *row, double factor, const double *normal_grad, double *grad) {
-    const double along = p->l2norm ? factor * factor * factor * dot(row, normal_grad, p->dim_k) : 0.0;
+static void add_through_norm(const oracle *p, const double *row, const double *normal_grad, double *grad) {
+    const double factor = oracle_norm_factor(p, row), along = p->l2norm ? factor * factor * factor * dot(row, normal_grad, p->dim_k) : 0.0;
     int i;
     for (i = 0; i < p->dim_k; i++) grad[i] += factor * normal_grad[i] - along * row[i];
 }
 
-static double alpha_of(const oracle *p, int t, int h) {
+double oracle_alpha(const oracle *p, int t, int h) {
     const double g = p->g[t * p->heads_v + h];
     if (p->gate == FQLA_GATE_LINEAR) return g;
     if (p->gate == FQLA_GATE_LOG) return exp(g);
     return exp(-exp(p->A_log[h]) * softplus(g + p->dt_bias[h]));
 }
 
-static double beta_of(const oracle *p, int t, int h) {
+double oracle_beta(const oracle *p, int t, int h) {
     const double beta = p->beta[t * p->heads_v + h];
     if (p->beta_form == FQLA_BETA_PLAIN) return beta;
     return (p->negative_eigenvalues ? 2.0 : 1.0) * sigmoid(beta);
@@ -74,12 +73,12 @@ static void forward_head(const oracle *p, int h) {
     int t, i, j;
     if (p->h0 != NULL) memcpy(S, p->h0 + (size_t)h * state, state * sizeof *S);
     for (t = 0; t < p->len; t++) {
-        const size_t row_qk = ((size_t)t * (size_t)p->heads_qk + (size_t)head_qk(p, h)) * (size_t)p->dim_k;
+        const size_t row_qk = ((size_t)t * (size_t)p->heads_qk + (size_t)oracle_head_qk(p, h)) * (size_t)p->dim_k;
         const size_t row_v = ((size_t)t * (size_t)p->heads_v + (size_t)h) * (size_t)p->dim_v;
         double *o = p->o + row_v;
-        normalised(p, p->q + row_qk, q);
-        normalised(p, p->k + row_qk, k);
-        step(p, alpha_of(p, t, h), beta_of(p, t, h), k, p->v + row_v, S, e);
+        normalise(p, p->q + row_qk, q);
+        normalise(p, p->k + row_qk, k);
+        step(p, oracle_alpha(p, t, h), oracle_beta(p, t, h), k, p->v + row_v, S, e);
         for (j = 0; j < p->dim_v; j++) o[j] = 0.0;
         for (i = 0; i < p->dim_k; i++)
             for (j = 0; j < p->dim_v; j++) o[j] += p->scale * q[i] * S[i * p->dim_v + j];
@@ -112,17 +111,18 @@ static void backward_head(const oracle *p, int h) {
     for (t = 0; t < p->len; t++) {
         double *S = states + (size_t)(t + 1) * state;
         memcpy(S, S - state, state * sizeof *S);
-        normalised(p, p->k + ((size_t)t * (size_t)p->heads_qk + (size_t)head_qk(p, h)) * dim_k, k);
-        step(p, alpha_of(p, t, h), beta_of(p, t, h), k, p->v + ((size_t)t * (size_t)p->heads_v + (size_t)h) * dim_v, S, e);
+        normalise(p, p->k + ((size_t)t * (size_t)p->heads_qk + (size_t)oracle_head_qk(p, h)) * dim_k, k);
+        step(p, oracle_alpha(p, t, h), oracle_beta(p, t, h), k, p->v + ((size_t)t * (size_t)p->heads_v + (size_t)h) * dim_v, S, e);
     }
     if (p->dht != NULL) memcpy(D, p->dht + (size_t)h * state, state * sizeof *D);
     for (t = p->len - 1; t >= 0; t--) {
-        const size_t row_qk = ((size_t)t * (size_t)p->heads_qk + (size_t)head_qk(p, h)) * dim_k;
+        const size_t row_qk = ((size_t)t * (size_t)p->heads_qk + (size_t)oracle_head_qk(p, h)) * dim_k;
         const size_t row_v = ((size_t)t * (size_t)p->heads_v + (size_t)h) * dim_v, at = (size_t)t * (size_t)p->heads_v + (size_t)h;
         const double *S0 = states + (size_t)t * state, *S = S0 + state, *v = p->v + row_v, *grad_o = p->do_ + row_v;
-        const double alpha = alpha_of(p, t, h), beta = beta_of(p, t, h);
-        const double q_factor = normalised(p, p->q + row_qk, q), k_factor = normalised(p, p->k + row_qk, k);
+        const double alpha = oracle_alpha(p, t, h), beta = oracle_beta(p, t, h);
         double dbeta = 0.0, dalpha = 0.0;
+        normalise(p, p->q + row_qk, q);
+        normalise(p, p->k + row_qk, k);
         for (j = 0; j < p->dim_v; j++) e[j] = v[j], de[j] = 0.0;
         for (i = 0; i < p->dim_k; i++) {
             dq[i] = 0.0;
@@ -147,8 +147,8 @@ static void backward_head(const oracle *p, int h) {
             dbeta += k[i] * De;
             dk[i] = beta * De - Pde;
         }
-        add_through_norm(p, p->q + row_qk, q_factor, dq, p->dq + row_qk);
-        add_through_norm(p, p->k + row_qk, k_factor, dk, p->dk + row_qk);
+        add_through_norm(p, p->q + row_qk, dq, p->dq + row_qk);
+        add_through_norm(p, p->k + row_qk, dk, p->dk + row_qk);
         memcpy(p->dv + row_v, de, dim_v * sizeof *de);
         p->dbeta[at] = p->beta_form == FQLA_BETA_PLAIN ? dbeta : dbeta * beta * (1.0 - sigmoid(p->beta[at]));
         if (p->gate == FQLA_GATE_LOG) {

@@ -29,4 +29,10 @@ typedef struct oracle {
 void oracle_forward(const oracle *p);
 void oracle_backward(const oracle *p); /* not for FQLA_GATE_LINEAR */
 
+/* The forms of the inputs, for others that compute in double. */
+int oracle_head_qk(const oracle *p, int h); /* that a v-head reads */
+double oracle_alpha(const oracle *p, int t, int h);
+double oracle_beta(const oracle *p, int t, int h);
+double oracle_norm_factor(const oracle *p, const double *row); /* what l2norm multiplies a row of q or k with */
+
 #endif
