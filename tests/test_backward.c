@@ -110,7 +110,7 @@ static const case_spec features[] = {
    the oracle, and on the CPU nothing but "low_memory" again. */
 static void windows(void) {
     run((case_spec){ .name = "low_memory_parts",
-                     .plan = { .heads_qk = 1, .heads_v = 64, .num_seqs = 4, .low_memory = 1, .gate = FQLA_GATE_RAW },
+                     .plan = { .heads_qk = 1, .heads_v = 64, .num_seqs = 4, .low_memory = 1, .needs_residuals = 1, .gate = FQLA_GATE_RAW },
                      .lens = { 600, 0, 40, 1 }, .residuals = true, .seed = 45 });
 }
 
