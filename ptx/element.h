@@ -45,14 +45,10 @@ static __device__ __forceinline__ uint16_t to_bf16(float value) {
     return half;
 }
 
-/* The low and the high element of a pair; the squares of a pair added to two sums. */
+/* The low and the high element of a pair. */
 #if defined(FLASHQLA_ELEMENT_BF16)
 static __device__ __forceinline__ float low_element(uint32_t pair) { return __uint_as_float(pair << 16); }
 static __device__ __forceinline__ float high_element(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
-static __device__ __forceinline__ uint32_t add_squares(uint32_t sums, uint32_t pair) {
-    asm("fma.rn.bf16x2 %0, %1, %1, %0;" : "+r"(sums) : "r"(pair));
-    return sums;
-}
 #else
 static __device__ __forceinline__ float low_element(uint32_t pair) { return from_fp16(pair); }
 static __device__ __forceinline__ float high_element(uint32_t pair) { return from_fp16(pair >> 16); }

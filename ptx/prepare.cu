@@ -146,7 +146,7 @@ typedef struct Decays {
     float log2_gamma; /* of the whole chunk */
 } Decays;
 
-/* The v-head that a block's warp number `warp` serves. */
+/* The v-head that a block's warp serves. */
 static __device__ __forceinline__ int head_of(const fqla__forward_params &p, int head_qk, int part, int ratio, int warp) {
     const int of_group = part * p.heads_per_block + warp;
     return p.head_map == 0 ? head_qk * ratio + of_group : of_group * p.heads_qk + head_qk;
@@ -156,15 +156,15 @@ static __device__ __forceinline__ int head_of(const fqla__forward_params &p, int
    take a token's heads, which lie side by side: by a warp a head, every token of every head was a line of the cache to look up. */
 static __device__ __forceinline__ void load_gates(const fqla__forward_params &p, PrepareShared &s, int64_t first_row, int valid,
                                                   int head_qk, int part, int ratio, int thread) {
-    const int warp = thread % HEADS; /* whose head */
-    if (warp >= p.heads_per_block) return;
-    const int head = head_of(p, head_qk, part, ratio, warp);
+    const int server = thread % HEADS; /* the warp whose head this is */
+    if (server >= p.heads_per_block) return;
+    const int head = head_of(p, head_qk, part, ratio, server);
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
         const int token = thread / HEADS + WARP * t;
         const int64_t row = first_row + (token < valid ? token : 0);
-        s.heads[warp].sum[token] = load_gate(p.g, row * p.g_token + head * p.g_head, p.gate == 2);
-        s.heads[warp].beta[token] = load_gate(p.beta, row * p.beta_token + head * p.beta_head, p.beta_form == 1);
+        s.heads[server].sum[token] = load_gate(p.g, row * p.g_token + head * p.g_head, p.gate == 2);
+        s.heads[server].beta[token] = load_gate(p.beta, row * p.beta_token + head * p.beta_head, p.beta_form == 1);
     }
 }
 

@@ -20,16 +20,9 @@ enum { TILE_UNITS = sizeof(Tile) / 16 };
 /* The units of step i of 16 in k along the rows of a pair of tiles. */
 static __device__ __forceinline__ uint32_t step_units(int step) { return step / 4 * TILE_UNITS + step % 4 * 2; }
 
-/* The sum of the squares of 16 bytes' elements. In bfloat16 two and two of four are summed as they are, a third of the instructions: a
-   row's norm is off by 1e-4 of itself, and by 1e-3 at most where one element is all of it, half of what rounding that element takes. */
+/* The sum of the squares of 16 bytes' elements. */
 static __device__ __forceinline__ float sum_of_squares(const uint4 &unit) {
     const uint32_t pairs[4] = {unit.x, unit.y, unit.z, unit.w};
-#if defined(FLASHQLA_ELEMENT_BF16)
-    uint32_t sums = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) sums = add_squares(sums, pairs[i]);
-    return low_element(sums) + high_element(sums);
-#else
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -37,7 +30,6 @@ static __device__ __forceinline__ float sum_of_squares(const uint4 &unit) {
         sum = fmaf(low, low, fmaf(high, high, sum));
     }
     return sum;
-#endif
 }
 
 /* d = a b^T for two 64 x 128 pairs of tiles. */

@@ -121,8 +121,8 @@
     How much that is: on the CPU about 1.5 MB a thread, and with backward a state a chunk of the longest sequence; on a GPU 6.5 KB a
     chunk of 64 tokens and v-head (220 MB at 32768 tokens and 64 v-heads), and up to 100 MB where sequences may be cut; with backward 80 KB more
     a chunk and v-head, and 160 KB a segment and v-head where its sequences may be cut. A plan with low_memory goes through the tokens
-    in windows: 16/32 heads and a sequence of 131072 tokens take 223 MB for 6 GB, and half as long again. One with needs_residuals saves the
-    6.5 KB, which its residuals hold.
+    in windows: 16/32 heads and a sequence of 131072 tokens take 223 MB for 6 GB, and half as long again. With needs_residuals the backward's
+    workspace is without the 6.5 KB, which the residuals hold.
 
     SCHEDULE
     ========

@@ -13,8 +13,8 @@ static int64_t fqla__cuda_backward_kept(const fqla_plan *plan) {
     return plan->cuda.backward.extra_segments + fqla__cuda_backward_cut(plan);
 }
 
-/* The workspace: what kernel prepare makes where a forward has left no residuals (no room in a plan that needs them); the chunks' states; what segments start from,
-   forwards and backwards, and their transitions; the raw gates' sums. In a low_memory plan the first two are a window's; the next a
+/* The workspace: what kernel prepare makes where a forward has left no residuals, but in a plan that needs them; the chunks' states;
+   what segments start from, forwards and backwards, and their transitions; the raw gates' sums. In a low_memory plan the first two are a window's; the next a
    sequence's parts' first states, but the first part's, and two gradients, of the part at hand and of the one before. */
 typedef struct fqla__cuda_backward_layout {
     size_t chunks, states, gradients, transitions, gate_sums, bytes; /* where they start; all of it */

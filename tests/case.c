@@ -787,30 +787,41 @@ static char wrong[1024];
 static const double ROUNDINGS_ALONE = 1.05;
 static int rounded_past; /* how often */
 
-/* How far; 0 on the CPU, which has no such excuse. */
-static double rounding_error(test_case *c, case_tensor_name name) {
+/* The relative L2 error of what a run wrote, or of c->rounded. Absolute where the norm is under 1e-6. */
+static double relative_error(const test_case *c, case_tensor_name name, bool rounds, double *norm) {
     const case_tensor *t = &c->t[name];
-    double error = 0.0, norm = 0.0;
+    double error = 0.0;
     int64_t r, h, i;
-    if (!test_on_cuda() || name == T_SNAPSHOTS) return 0.0;
-    if (c->rounded[name] == NULL) expect(c, is_gradient(name), true);
+    *norm = 0.0;
     for (r = 0; r < t->rows; r++)
         for (h = 0; h < t->heads; h++) {
             if (t->buffer->written[element_offset(t, r, h, 0)] != MUST) continue;
             for (i = 0; i < t->dim; i++) {
                 const int64_t at = (r * t->heads + h) * t->dim + i;
-                const double off = rounded(c->rounded[name][at], t->dtype) - c->expected[name][at];
+                const double expected = c->expected[name][at],
+                             off = (rounds ? rounded(c->rounded[name][at], t->dtype) : case_get(c, name, r, h, i)) - expected;
                 error += off * off;
-                norm += c->expected[name][at] * c->expected[name][at];
+                *norm += expected * expected;
             }
         }
-    return norm > 1e-12 ? sqrt(error / norm) : sqrt(error);
+    error = *norm > 1e-12 ? sqrt(error / *norm) : sqrt(error);
+    *norm = sqrt(*norm);
+    return error;
+}
+
+/* Of the roundings; 0 where they excuse nothing: on the CPU, and where they come to no number. */
+static double rounding_error(test_case *c, case_tensor_name name) {
+    double error, norm;
+    if (!test_on_cuda() || name == T_SNAPSHOTS) return 0.0;
+    if (c->rounded[name] == NULL) expect(c, is_gradient(name), true);
+    error = relative_error(c, name, true, &norm);
+    return isfinite(error) ? error : 0.0;
 }
 
 static const char *compare_tensor(test_case *c, case_tensor_name name) {
     const case_tensor *t = &c->t[name];
     const double allowed = tolerance(c, name);
-    double error = 0.0, norm = 0.0, relative;
+    double norm, relative;
     char text[512];
     int64_t r, h, i;
     if (t->buffer == NULL || c->expected[name] == NULL) return NULL;
@@ -818,18 +829,14 @@ static const char *compare_tensor(test_case *c, case_tensor_name name) {
         for (h = 0; h < t->heads; h++) {
             if (t->buffer->written[element_offset(t, r, h, 0)] != MUST) continue;
             for (i = 0; i < t->dim; i++) {
-                const double expected = c->expected[name][(r * t->heads + h) * t->dim + i], got = case_get(c, name, r, h, i);
-                if (!isfinite(got)) {
-                    snprintf(wrong, sizeof wrong, "%s: %s[%lld, %lld, %lld] is %g, expected %g", describe(c, text, sizeof text),
-                             names[name],
-                             (long long)r, (long long)h, (long long)i, got, expected);
-                    return wrong;
-                }
-                error += (got - expected) * (got - expected);
-                norm += expected * expected;
+                const double got = case_get(c, name, r, h, i);
+                if (isfinite(got)) continue;
+                snprintf(wrong, sizeof wrong, "%s: %s[%lld, %lld, %lld] is %g, expected %g", describe(c, text, sizeof text), names[name],
+                         (long long)r, (long long)h, (long long)i, got, c->expected[name][(r * t->heads + h) * t->dim + i]);
+                return wrong;
             }
         }
-    relative = norm > 1e-12 ? sqrt(error / norm) : sqrt(error); /* absolute where the norm is under 1e-6 */
+    relative = relative_error(c, name, false, &norm);
     if (relative > worst[name][dtype_size(t->dtype) == 2].error) {
         worst[name][dtype_size(t->dtype) == 2].error = relative;
         snprintf(worst[name][dtype_size(t->dtype) == 2].name, sizeof worst[0][0].name, "%s", c->spec.name);
@@ -841,7 +848,7 @@ static const char *compare_tensor(test_case *c, case_tensor_name name) {
     }
     snprintf(wrong, sizeof wrong, "%s: %s is off by %.3g, allowed %.3g (norm %.3g)", describe(c, text, sizeof text), names[name],
              relative,
-             allowed, sqrt(norm));
+             allowed, norm);
     return wrong;
 }
 

@@ -81,29 +81,15 @@ typedef struct chunk {
     rows vn, vn16;
 } chunk;
 
-/* rq as the kernels make it: in bfloat16 two sums of four squares of 16 bytes each are rounded as they grow. */
-static double query_factor(const oracle *p, const double *q, fqla_dtype dtype) {
-    double sum = 0.0;
-    int unit, i, half;
-    if (!p->l2norm || dtype != FQLA_DTYPE_BF16) return oracle_norm_factor(p, q);
-    for (unit = 0; unit < DIM; unit += 8)
-        for (half = 0; half < 2; half++) {
-            double squares = 0.0;
-            for (i = half; i < 8; i += 2) squares = rounded(squares + q[unit + i] * q[unit + i], dtype);
-            sum += squares;
-        }
-    return 1.0 / sqrt(sum + 1e-6);
-}
-
 /* X = (I + beta N)^-1 beta, N below the diagonal of K K^T: leaves of 8 x 8 as they are, then X10 = -X1 N10 X0 from 8 to 64 tokens with
    every operand in float16 (ptx/prepare.cu). */
-static void invert(chunk *c, square n, square x, fqla_dtype dtype) {
+static void invert(const double *beta, square n, square x, fqla_dtype dtype) {
     int i, j, m, size, base;
     memset(x, 0, sizeof(square));
     for (i = 0; i < CHUNK; i++)
         for (j = i / 8 * 8; j <= i; j++) {
-            x[i][j] = i == j ? c->beta[i] : 0.0;
-            for (m = j; m < i; m++) x[i][j] -= c->beta[i] * n[i][m] * x[m][j];
+            x[i][j] = i == j ? beta[i] : 0.0;
+            for (m = j; m < i; m++) x[i][j] -= beta[i] * n[i][m] * x[m][j];
         }
     for (size = 8; size < CHUNK; size *= 2)
         for (base = 0; base < CHUNK; base += 2 * size)
@@ -120,8 +106,7 @@ static void invert(chunk *c, square n, square x, fqla_dtype dtype) {
 }
 
 static void read_chunk(const oracle *p, int h, int first, fqla_dtype dtype, chunk *c) {
-    double log_alpha[CHUNK], sum = 0.0;
-    double r[CHUNK], rq[CHUNK], gamma[CHUNK];
+    double log_alpha[CHUNK], gamma[CHUNK], r[CHUNK], rq[CHUNK], sum = 0.0;
     square decay, n, x;
     int i, j;
     memset(c, 0, sizeof *c);
@@ -133,7 +118,7 @@ static void read_chunk(const oracle *p, int h, int first, fqla_dtype dtype, chun
         const size_t t = (size_t)(first + i), qk = t * (size_t)p->heads_qk + (size_t)oracle_head_qk(p, h), v = t * (size_t)p->heads_v + (size_t)h;
         memcpy(c->q[i], p->q + qk * DIM, sizeof c->q[i]);
         memcpy(c->k[i], p->k + qk * DIM, sizeof c->k[i]);
-        rq[i] = query_factor(p, c->q[i], dtype);
+        rq[i] = oracle_norm_factor(p, c->q[i]);
         r[i] = oracle_norm_factor(p, c->k[i]);
         memcpy(c->v[i], p->v + v * DIM, sizeof c->v[i]);
         if (p->do_ != NULL) memcpy(c->dout[i], p->do_ + v * DIM, sizeof c->dout[i]);
@@ -151,7 +136,7 @@ static void read_chunk(const oracle *p, int h, int first, fqla_dtype dtype, chun
             c->qk[i][j] = dot(c->q[i], c->k[j]);
             c->kk[i][j] = dot(c->k[i], c->k[j]);
             c->decay_qk[i][j] = decay[i][j] * rq[i] * r[j];
-            c->decay_kk[i][j] = c->decay_qk[i][j] * (r[i] / oracle_norm_factor(p, c->q[i])); /* as backward_scores.h has it */
+            c->decay_kk[i][j] = decay[i][j] * r[i] * r[j];
             n[i][j] = r[i] * r[j] * c->kk[i][j];
         }
         for (after = 0.0, j = i + 1; j < c->count; j++) after += log_alpha[j];
@@ -159,7 +144,7 @@ static void read_chunk(const oracle *p, int h, int first, fqla_dtype dtype, chun
         c->o[i] = gamma[i] * rq[i];
         c->update[i] = exp(after) * r[i];
     }
-    invert(c, n, x, dtype);
+    invert(c->beta, n, x, dtype);
     for (i = 0; i < CHUNK; i++)
         for (j = 0; j < i; j++) c->t[i][j] = rounded(decay[i][j] * x[i][j], dtype);
 }
@@ -214,7 +199,8 @@ void rounded_forward(const oracle *p, fqla_dtype dtype) {
 }
 
 /* The gradient of the state D, divided by unit, goes back through the chunk; dw: unit dW in 16 bits, as it is stored; dvn: unit dVn. */
-static void retreat(chunk *c, double (*D)[DIM], double unit, double power, bool is_first, fqla_dtype dtype, double (*d16)[DIM], rows dw, rows dvn) {
+static void retreat(chunk *c, double (*D)[DIM], double unit, double power, bool is_first, fqla_dtype dtype, double (*d16)[DIM], rows dw,
+                    rows dvn) {
     rows dvn16;
     int i, j, m;
     round_all(&D[0][0], &d16[0][0], DIM * DIM, dtype);

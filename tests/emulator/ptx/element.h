@@ -32,10 +32,6 @@ static inline uint32_t pack_fp16(float low, float high) { return to_fp16(low) | 
 static inline uint32_t pack_elements(float low, float high) { return pack_bf16(low, high); }
 static inline float low_element(uint32_t pair) { return from_bf16(pair); }
 static inline float high_element(uint32_t pair) { return from_bf16(pair >> 16); }
-static inline uint32_t add_squares(uint32_t sums, uint32_t pair) { /* a square has 16 digits: float32 adds it all but exactly */
-    return pack_bf16(fmaf(low_element(pair), low_element(pair), low_element(sums)),
-                     fmaf(high_element(pair), high_element(pair), high_element(sums)));
-}
 #else
 static inline uint32_t pack_elements(float low, float high) { return pack_fp16(low, high); }
 static inline float low_element(uint32_t pair) { return from_fp16(pair); }
