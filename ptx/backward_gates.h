@@ -1,10 +1,11 @@
 /* dg and dbeta from what the producers of backward_gradients leave of a step, by a warp of its own: a chunk's sums are a chain of
    latencies.
 
-       dg_t    = sum_{i>=t} (sum_j Z_ij - sum_j Z_ji + query_i - key_i) + sum_{i<t} H_i + gamma_C <dS1, S0>
+       dg_t    = sum_{i>=t} (q_i . dQ_i + k_i . (dKK K - w dW S0^T)_i - k_i . (dP^T Q + dKK^T K)_i) + sum_{i<t} H_i + gamma_C <dS1, S0>
        dbeta_j = (dW Vn^T)_jj / beta_j^2
 
-   H enters as a prefix sum, not as -H_i and the sum of all, and Z's diagonal not at all: dg is far smaller than they are. */
+   with dQ and dP of this v-head and without dP's diagonal (backward_rows.h). H enters as a prefix sum, not as -H_i and the sum of
+   all: dg is far smaller than they are. */
 #ifndef FLASHQLA_BACKWARD_GATES_H
 #define FLASHQLA_BACKWARD_GATES_H
 
@@ -24,9 +25,7 @@ static __device__ __forceinline__ void finish_gates(const fqla__backward_params 
                                                     int head, int lane) {
     const fqla__forward_params &f = p.forward;
     const fqla__factors &factors = f.prepared[place.number * f.heads_v + head].factors;
-    const float *shares = sums.states;
-    const float states = ((shares[0] + shares[1]) + (shares[2] + shares[3]) + (shares[4] + shares[5])) * p.unit *
-                         __ldg(&factors.gamma_chunk);
+    const float states = sum_warp(sums.states[lane] + sums.states[lane + WARP]) * p.unit * __ldg(&factors.gamma_chunk);
     float g[TOKENS], b[TOKENS], betas[TOKENS], dg[TOKENS], prefix[TOKENS]; /* g, b as given */
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
@@ -38,9 +37,8 @@ static __device__ __forceinline__ void finish_gates(const fqla__backward_params 
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
         const int token = lane + WARP * t;
-        const float columns = (sums.column[0][token] + sums.column[1][token]) + (sums.column[2][token] + sums.column[3][token]);
-        dg[t] = (sums.row[token] - columns) + (sums.query[token] - sums.key[token]);
-        prefix[t] = sums.update[token];
+        dg[t] = (sums.query[0][token] + sums.query[1][token]) + (sums.key[0][token] + (2.0f * sums.read[token] - sums.key[2][token]));
+        prefix[t] = sums.key[1][token];
     }
 #pragma unroll
     for (int step = 1; step < WARP; step *= 2)
@@ -101,21 +99,6 @@ static __device__ void run_gates(const fqla__backward_params &p, GradientsShared
         const Place &place = s.places[n / heads % PLACES];
         finish_gates(p, s.sums[n % SUMS], place, group_head(p.forward, place.head_qk, n % heads), lane);
         arrive_warp(&s.sums_free[n % SUMS], lane);
-    }
-}
-
-/* <dS1, S0>: QUERIES makes one half of it while its own product runs, two warps of HELPERS the other. */
-static __device__ void run_dots(GradientsShared &s, int steps, int thread) {
-    const int warp = thread / WARP, lane = thread % WARP;
-    for (int n = 0; n < steps; n++) {
-        mbarrier_wait(&s.first_full[n % 2], n / 2 % 2);
-        mbarrier_wait(&s.second_full, n % 2);
-        __syncwarp();
-        const float states = sum_warp(dot_states<DOTS_WARPS * WARP>(s.first[n % 2].ds[1], s.second.s[1], thread));
-        arrive_warp(&s.used, lane);
-        wait_sums(s, n);
-        if (lane == 0) s.sums[n % SUMS].states[WARPGROUP / WARP + warp] = states;
-        arrive_warp(&s.sums_full[n % SUMS], lane);
     }
 }
 

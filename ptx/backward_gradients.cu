@@ -6,28 +6,28 @@
    The maths: backward_rows.h and backward_scores.h. Per v-head, 1U = a 64 x 128 x 128 product = 512 tensor cycles:
 
        dO S0^T, Vn dS1^T, dW S0^T     3 U        dO Vn^T, dW Vn^T     1 U (64 x 64 x 128 each)
-       dP K, dP^T Q, dKK K, dKK^T K   2 U        Q K^T, K K^T         1 U a q/k head
+       dP K, dP^T Q, dKK^T K          1.5 U      <dS1, S0>            1 U (a diagonal's worth of it used)
+       dKK K, twice                   1 U
 
-   6.5 U = 3300 tensor cycles with two v-heads a q/k head; from memory 114 KB a v-head and 64 KB a q/k head (q, k, dq, dk): 146
-   KB, 5.0 us at the rate of a copy.
+   7.5 U = 3840 tensor cycles; from memory 114 KB a v-head and 64 KB a q/k head (q, k, dq, dk): with two v-heads 146 KB, 5.0 us at
+   the rate of a copy.
 
    Roles, a warpgroup each:
        QUERIES    dq                                              backward_rows.h       160 registers
        KEYS       dk                                              backward_rows.h       160 registers
-       SCORES     the 64 x 64 matrices                            backward_scores.h     152 registers
-       HELPERS    a warp loads, one finishes dg and dbeta,
-                  two make half of <dS1, S0>                      backward_loads.h, backward_gates.h    40 registers
+       SCORES     the 64 x 64 matrices, <dS1, S0>                 backward_scores.h     152 registers
+       HELPERS    a warp loads and sends, one finishes dg, dbeta  backward_loads.h, backward_gates.h    40 registers
 
    The pipeline, n the step at hand:
 
        copy engine   second(n): S0, dO, dW | second(n+1), first(n+2): dS1, Vn, factors   (112 KB under way, never less than 48)
-       QUERIES       dO S0^T, under it half of <dS1, S0>, dots and sum | dP K
-       KEYS          Vn dS1^T, sum (under the loads of second(n)) | dW S0^T, sum | dP^T Q, dKK K, dKK^T K
-       SCORES        dO Vn^T, dW Vn^T | all used: loads | dP, dKK | Z
-       HELPERS       half of <dS1, S0> | dg, dbeta of n-1
+       QUERIES       dO S0^T, dots and sum | dP K, dots and sum
+       KEYS          dW S0^T, dots and sum, Vn dS1^T, dots and sum | dKK K + dP^T Q + dKK^T K, dots and sum
+       SCORES        dO Vn^T, dW Vn^T, <dS1, S0> | dP, dKK | dKK K, dots
+       HELPERS       dg, dbeta of n-1
 
    and after an item's last step dq and dk leave by way of first's place, while q and k of the next come: first(n+2) once they have
-   left. By ncu's samples KEYS and SCORES are busy five sixths of a step's 5.9 us.
+   left. QUERIES and KEYS run through the same instructions (LADDER.md, backward 18).
 
    Shared memory: backward_shared.h. */
 #include "backward_gates.h"
@@ -38,6 +38,8 @@
 enum { ROWS_REGISTERS = 160, SCORES_REGISTERS = 152, HELPERS_REGISTERS = 40, START_REGISTERS = 128 };
 static_assert(2 * ROWS_REGISTERS + SCORES_REGISTERS + HELPERS_REGISTERS <= ROLES * START_REGISTERS,
               "the warpgroups share what the block starts with");
+static_assert(ROWS_REGISTERS >= START_REGISTERS && SCORES_REGISTERS >= START_REGISTERS && HELPERS_REGISTERS <= START_REGISTERS,
+              "setmaxnreg.inc to fewer, or .dec to more, is an illegal instruction");
 
 extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
 #if defined(FLASHQLA_ELEMENT_BF16)
@@ -53,18 +55,21 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
     const int thread = (int)threadIdx.x;
 
     if (thread == 0) {
-        mbarrier_init(&s.qk_full, 1);
+        mbarrier_init(&s.q_full, 1);
+        mbarrier_init(&s.k_full, 1);
         mbarrier_init(&s.cleared, PRODUCERS);
         mbarrier_init(&s.second_full, 1);
         mbarrier_init(&s.qk_free, PRODUCERS_WARPS);
-        mbarrier_init(&s.used, USERS_WARPS);
+        mbarrier_init(&s.second_used, PRODUCERS_WARPS);
         mbarrier_init(&s.scores_ready, WARPGROUP / WARP);
+        mbarrier_init(&s.scores_used, PRODUCERS_WARPS);
         for (int i = 0; i < 2; i++) {
             mbarrier_init(&s.first_full[i], 1);
-            mbarrier_init(&s.sent[i], 2);
+            mbarrier_init(&s.first_used[i], PRODUCERS_WARPS);
+            mbarrier_init(&s.left[i], 2 * WARPGROUP / WARP);
         }
         for (int i = 0; i < SUMS; i++) {
-            mbarrier_init(&s.sums_full[i], USERS_WARPS);
+            mbarrier_init(&s.sums_full[i], PRODUCERS_WARPS);
             mbarrier_init(&s.sums_free[i], 1);
         }
         mbarrier_init_fence();
@@ -83,15 +88,13 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
     if (role == HELPERS) {
         shrink_registers<HELPERS_REGISTERS>();
         const int warp = thread % WARPGROUP / WARP;
-        if (warp < DOTS_WARPS) run_dots(s, items * (f.heads_v / f.heads_qk), thread % WARPGROUP);
-        else if (warp == DOTS_WARPS) run_gates(p, s, items, thread % WARP);
-        else run_loads(p, s, items, thread % WARP);
+        if (warp == 0) run_gates(p, s, items, thread % WARP);
+        else if (warp == 1) run_loads(p, s, items, thread % WARP);
     } else if (role == SCORES) {
         grow_registers<SCORES_REGISTERS>();
         run_scores(p, s, items, thread % WARPGROUP);
     } else {
         grow_registers<ROWS_REGISTERS>();
-        if (role == QUERIES) run_queries(p, s, items, thread);
-        else run_keys(p, s, items, thread % WARPGROUP);
+        run_rows(p, s, items, thread % WARPGROUP, role == KEYS);
     }
 }

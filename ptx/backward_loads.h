@@ -36,11 +36,23 @@ static __device__ __forceinline__ void load_second(const fqla__backward_params &
 }
 
 static __device__ __forceinline__ void load_chunk_rows(const fqla__backward_params &p, GradientsShared &s, const Place &place) {
-    mbarrier_arrive_expect(&s.qk_full, sizeof s.q + sizeof s.k);
+    mbarrier_arrive_expect(&s.k_full, sizeof s.k);
+    for (int half = 0; half < 2; half++)
+        tma_load(&s.k[half], &p.forward.k, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &s.k_full);
+    mbarrier_arrive_expect(&s.q_full, sizeof s.q);
+    for (int half = 0; half < 2; half++)
+        tma_load(&s.q[half], &p.forward.q, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &s.q_full);
+}
+
+/* dq and dk leave by way of the place of the item's last first part, to which the next load goes. Parts of chunks have left. */
+static __device__ __forceinline__ void send_gradients(const fqla__backward_params &p, const FirstPart &first, const Place &place) {
+    if (place.valid < CHUNK) return;
     for (int half = 0; half < 2; half++) {
-        tma_load(&s.q[half], &p.forward.q, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &s.qk_full);
-        tma_load(&s.k[half], &p.forward.k, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &s.qk_full);
+        tma_store(&p.dq, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &first.ds[0][half]);
+        tma_store(&p.dk, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &first.ds[1][half]);
     }
+    bulk_commit();
+    bulk_store_wait<0>();
 }
 
 static __device__ __forceinline__ void find_item(const fqla__forward_params &f, GradientsShared &s, int item, int items, int lane) {
@@ -50,7 +62,7 @@ static __device__ __forceinline__ void find_item(const fqla__forward_params &f, 
     __syncwarp();
 }
 
-enum { LOADS_WARP = FQLA__GRADIENTS_THREADS / WARP - 1 };
+enum { LOADS_WARP = HELPERS * WARPGROUP / WARP + 1 };
 
 static __device__ void run_loads(const fqla__backward_params &p, GradientsShared &s, int items, int lane) {
     const int heads = p.forward.heads_v / p.forward.heads_qk;
@@ -68,13 +80,15 @@ static __device__ void run_loads(const fqla__backward_params &p, GradientsShared
         find_item(p.forward, s, item + 2, items, lane);
         if (lane > 0) continue;
         for (int h = 0; h < heads; h++, n++) {
-            mbarrier_wait(&s.used, n % 2);
+            mbarrier_wait(&s.second_used, n % 2);
             load_second(p, s, item, items, h + 1);
+            mbarrier_wait(&s.first_used[n % 2], n / 2 % 2);
             if (h + 1 < heads) load_first(p, s, item, items, h + 2, n + 2);
         }
         mbarrier_wait(&s.qk_free, item % 2);
         if (item + 1 < items) load_chunk_rows(p, s, s.places[(item + 1) % PLACES]);
-        mbarrier_wait(&s.sent[item % 2], item / 2 % 2); /* dq and dk leave by way of the place of the last step's first part */
+        mbarrier_wait(&s.left[item % 2], item / 2 % 2);
+        send_gradients(p, s.first[(n - 1) % 2], s.places[item % PLACES]);
         load_first(p, s, item + 1, items, 1, n + 1);
     }
 }

@@ -1,10 +1,17 @@
 /* The warpgroups of dQ and of dK: 64 x 128 in float32 registers, summed over the v-heads of the q/k head in their order.
 
        dQ += scale o (dO S0^T) + dP K
-       dK += update (Vn dS1^T) - w (dW S0^T) + dP^T Q + dKK K + dKK^T K        dKK below its diagonal, zero above
+       dK += update (Vn dS1^T) - w (dW S0^T) + dKK K + dP^T Q + dKK^T K
 
-   What is multiplied by a token's factor, a row's, is a product of its own, from which the gate's gradient takes the rows' dots
-   with q or k first. Warp w has rows 16w .. 16w + 15. */
+   dP and dKK below their diagonals, zero above. dP's diagonal is a factor of a row of K or of Q, summed over the v-heads first.
+
+   Of each v-head's rows the gate's gradient takes the dots with q or k, before they are added up. With Z_ij = dP_ij (Q K^T)_ij + dKK_ij
+   (K K^T)_ij, i > j, what reaches the gates of the tokens j + 1 .. i,
+
+       sum_j Z_ij = q_i . (dP K)_i + k_i . (dKK K)_i        sum_i Z_ij = k_j . (dP^T Q + dKK^T K)_j
+
+   so that no Q K^T and no sum over rows and columns is made. dP's diagonal would be in both; it is far larger than Z behind a strong
+   gate, and what float32 leaves of the difference with it. Warp w has rows 16w .. 16w + 15. */
 #ifndef FLASHQLA_BACKWARD_ROWS_H
 #define FLASHQLA_BACKWARD_ROWS_H
 
@@ -19,10 +26,11 @@ static __device__ __forceinline__ void multiply_state(float (&d)[64], uint32_t r
                             tile_descriptor(state + step / 4 * 2 * TILE_UNITS + step % 4 * 128, TILE_UNITS));
 }
 
-/* d += a tile [64 x 64] by two tiles of tokens' rows. */
+/* d = a tile [64 x 64] by two tiles of tokens' rows. */
 static __device__ __forceinline__ void multiply_tokens(float (&d)[64], uint32_t a, uint32_t rows) {
+    wgmma_64x128_shared_first(d, tile_descriptor(a, 0), tile_descriptor(rows, TILE_UNITS));
 #pragma unroll
-    for (int step = 0; step < CHUNK / 16; step++)
+    for (int step = 1; step < CHUNK / 16; step++)
         wgmma_64x128_shared(d, tile_descriptor(a + step * 2, 0), tile_descriptor(rows + step * 128, TILE_UNITS));
 }
 
@@ -55,47 +63,14 @@ static __device__ __forceinline__ void dot_rows(float (&dot)[2], const float (&d
     dot[1] = sum_quad(dot[1]);
 }
 
-/* A thread's share of <dS1, S0> over half of V: 16 bytes lie `threads` units apart. */
-template <int threads> static __device__ __forceinline__ float dot_states(const Tile *ds, const Tile *s, int thread) {
-    const uint4 *a = (const uint4 *)ds + thread, *b = (const uint4 *)s + thread;
-    float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-#pragma unroll 4
-    for (int i = 0; i < (int)(2 * sizeof *ds / 16 / threads); i++) {
-        const uint4 x = a[i * threads], y = b[i * threads];
-        sums[0] = fmaf(low_element(x.x), low_element(y.x), fmaf(high_element(x.x), high_element(y.x), sums[0]));
-        sums[1] = fmaf(low_element(x.y), low_element(y.y), fmaf(high_element(x.y), high_element(y.y), sums[1]));
-        sums[2] = fmaf(low_element(x.z), low_element(y.z), fmaf(high_element(x.z), high_element(y.z), sums[2]));
-        sums[3] = fmaf(low_element(x.w), low_element(y.w), fmaf(high_element(x.w), high_element(y.w), sums[3]));
-    }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
-}
-
-/* sum += the rows of d times their factors; the factors times the rows' dots with `rows` go to `dots`. */
-static __device__ __forceinline__ void add_rows(float (&sum)[64], const float (&d)[64], float upper, float lower, const Tile *rows,
-                                                float *dots, float sign, int warp, int lane) {
-    float dot[2];
-    dot_rows(dot, d, rows, warp, lane);
-    if (lane % 4 == 0) {
-        dots[BLOCK * warp + lane / 4] = upper * dot[0];
-        dots[BLOCK * warp + lane / 4 + 8] = lower * dot[1];
-    }
-    upper *= sign;
-    lower *= sign;
+/* sum += the rows of d times their factors. */
+static __device__ __forceinline__ void add_rows(float (&sum)[64], const float (&d)[64], float upper, float lower) {
 #pragma unroll
-    for (int j = 0; j < DIM / 8; j++) {
-        sum[4 * j] = fmaf(upper, d[4 * j], sum[4 * j]);
-        sum[4 * j + 1] = fmaf(upper, d[4 * j + 1], sum[4 * j + 1]);
-        sum[4 * j + 2] = fmaf(lower, d[4 * j + 2], sum[4 * j + 2]);
-        sum[4 * j + 3] = fmaf(lower, d[4 * j + 3], sum[4 * j + 3]);
-    }
+    for (int i = 0; i < 64; i++) sum[i] = fmaf(i / 2 % 2 == 0 ? upper : lower, d[i], sum[i]);
 }
 
-/* With l2norm the sums are those of the normalised rows times their norms' factors: dx = z - r^2 (x . z) x. */
-static __device__ __forceinline__ void through_norm(float (&d)[64], const Tile *rows, const float *square, int warp, int lane) {
-    float dot[2];
-    dot_rows(dot, d, rows, warp, lane);
-    dot[0] *= square[BLOCK * warp + lane / 4];
-    dot[1] *= square[BLOCK * warp + lane / 4 + 8];
+/* d += the rows of two tiles times their factors. */
+static __device__ __forceinline__ void add_tiles(float (&d)[64], const Tile *rows, float upper, float lower, int warp, int lane) {
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) {
         uint32_t r[4];
@@ -103,132 +78,117 @@ static __device__ __forceinline__ void through_norm(float (&d)[64], const Tile *
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             float *pair = &d[8 * step + i % 2 * 4 + i / 2 * 2];
-            pair[0] = fmaf(-dot[i / 2], low_element(r[i]), pair[0]);
-            pair[1] = fmaf(-dot[i / 2], high_element(r[i]), pair[1]);
+            pair[0] = fmaf(i / 2 == 0 ? upper : lower, low_element(r[i]), pair[0]);
+            pair[1] = fmaf(i / 2 == 0 ? upper : lower, high_element(r[i]), pair[1]);
         }
     }
 }
 
-/* dq or dk to memory, by way of two tiles of the item's last step's first part, which all have read. */
-template <int barrier> static __device__ __forceinline__ void send_gradient(const float (&d)[64], Tile *tiles,
-                                                                            uint64_t *sent, const Place &place, const void *map,
-                                                                            void *rows, int64_t token, int64_t head, int thread) {
-    const int warp = thread / WARP, lane = thread % WARP;
+/* The lane's rows' sums, which all four lanes of a quad have. */
+static __device__ __forceinline__ void store_sums(float *to, float upper, float lower, int warp, int lane) {
+    if (lane % 4 > 0) return;
+    to[BLOCK * warp + lane / 4] = upper;
+    to[BLOCK * warp + lane / 4 + 8] = lower;
+}
+
+/* With l2norm the sums are those of the normalised rows times their norms' factors: dx = z - r^2 (x . z) x. */
+static __device__ __forceinline__ void through_norm(float (&d)[64], const Tile *rows, const float *square, int warp, int lane) {
+    const int row = BLOCK * warp + lane / 4;
+    float dot[2];
+    dot_rows(dot, d, rows, warp, lane);
+    add_tiles(d, rows, -dot[0] * square[row], -dot[1] * square[row + 8], warp, lane);
+}
+
+/* The item's dq or dk into two tiles of its last step's first part, n's, which all have read; a part of a chunk to memory. */
+static __device__ __forceinline__ void leave_gradient(const fqla__backward_params &p, GradientsShared &s, float (&d)[64], int item, int n,
+                                                     const Place &place, int role_thread, bool keys) {
+    const int thread = renewed(role_thread), warp = thread / WARP, lane = thread % WARP; /* no addresses are kept for this */
+    const int row = BLOCK * warp + lane / 4;
+    Tile *tiles = s.first[n % 2].ds[keys ? 1 : 0];
+    add_tiles(d, keys ? s.q : s.k, s.diagonal[item % 2][row], s.diagonal[item % 2][row + 8], warp, lane);
+    if (p.forward.l2norm) through_norm(d, keys ? s.k : s.q, keys ? s.square_k : s.square_q, warp, lane);
+    arrive_warp(&s.qk_free, lane);
+    mbarrier_wait(&s.first_used[n % 2], n / 2 % 2);
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) store_tile_block(&tiles[step / 4], warp, step % 4, lane, &d[8 * step]);
-    fence_proxy_async();
-    meet<barrier, WARPGROUP>();
     if (place.valid == CHUNK) {
-        if (thread == 0) {
-            for (int half = 0; half < 2; half++)
-                tma_store(map, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &tiles[half]);
-            bulk_commit();
-            bulk_store_wait<0>();
-        }
+        fence_proxy_async(); /* run_loads sends them */
     } else {
-        for (int unit = thread; unit < place.valid * (DIM / 8); unit += WARPGROUP) {
-            const int row = unit / (DIM / 8), column = unit % (DIM / 8);
-            *(uint4 *)((uint16_t *)rows + (place.row + row) * token + place.head_qk * head + column * 8) =
-                *(const uint4 *)(tiles[column / 8].bytes + row * 128 + ((column % 8 ^ row % 8) * 16));
+        const int64_t token = keys ? p.k_token : p.forward.q_token, head = keys ? p.k_head : p.forward.q_head;
+        uint16_t *to = (uint16_t *)(keys ? p.dk_rows : p.dq_rows) + place.row * token + place.head_qk * head;
+        __syncwarp();
+#pragma unroll 1
+        for (int unit = lane; unit < BLOCK * (DIM / 8); unit += WARP) {
+            const int own = BLOCK * warp + unit / (DIM / 8), column = unit % (DIM / 8);
+            if (own < place.valid)
+                *(uint4 *)(to + own * token + column * 8) =
+                    *(const uint4 *)(tiles[column / 8].bytes + own * 128 + ((column % 8 ^ own % 8) * 16));
         }
-        meet<barrier, WARPGROUP>();
     }
-    if (thread == 0) mbarrier_arrive(sent);
-    __syncwarp();
+    arrive_warp(&s.left[item % 2], lane);
 }
 
-enum { QUERIES_BARRIER = 2, KEYS_BARRIER = 3, SCORES_BARRIER = 4 };
-
-static __device__ void run_queries(const fqla__backward_params &p, GradientsShared &s, int items, int thread) {
+/* QUERIES, or KEYS: the same loop over products, of a v-head the one by S0, KEYS' by dS1, that of the chunk. The same instructions, too:
+   of roles with code of their own, 4000 instructions a step, a warp waited for instructions a third of the time (LADDER.md, backward
+   18). */
+static __device__ void run_rows(const fqla__backward_params &p, GradientsShared &s, int items, int thread, bool keys) {
     const int warp = thread / WARP, lane = thread % WARP, row = BLOCK * warp + lane / 4;
-    const int heads = p.forward.heads_v / p.forward.heads_qk;
-    float dq[64], product[64];
+    const int heads = p.forward.heads_v / p.forward.heads_qk, products = keys ? 3 : 2;
+    const Tile *rows = keys ? s.k : s.q;
+    float sum[64], product[64], dot[2];
     int n = 0, clears = 0;
     for (int item = 0; item < items; item++) {
         const Place &place = wait_place(s, item, n, clears);
 #pragma unroll
-        for (int i = 0; i < 64; i++) dq[i] = 0.0f;
+        for (int i = 0; i < 64; i++) sum[i] = 0.0f;
         for (int h = 0; h < heads; h++, n++) {
             const fqla__factors &factors = s.factors[n % 3];
+            FirstPart &first = s.first[n % 2];
             HeadSums &sums = s.sums[n % SUMS];
-            wait_second(s, place, n, clears);
-            wgmma_fence();
-            multiply_state(product, shared_units(s.second.dout), shared_units(s.second.s));
-            wgmma_commit();
-            const float upper = factors.o[row] * p.forward.scale, lower = factors.o[row + 8] * p.forward.scale;
-            const float states = sum_warp(dot_states<WARPGROUP>(s.first[n % 2].ds[0], s.second.s[0], thread));
             wait_sums(s, n);
-            mbarrier_wait(&s.qk_full, item % 2);
-            if (lane == 0) sums.states[warp] = states;
-            wgmma_wait<0>();
-            wgmma_settle(product);
-            arrive_warp(&s.used, lane);
-            add_rows(dq, product, upper, lower, s.q, sums.query, 1.0f, warp, lane);
+#pragma unroll 1
+            for (int i = 0; i < products; i++) {
+                float upper = 1.0f, lower = 1.0f;
+                if (i < products - 1) {
+                    const bool after = i > 0; /* by dS1, while the scores are made; S0 first, which the loads wait for */
+                    if (!after) wait_second(s, place, n, clears);
+                    wgmma_fence();
+                    multiply_state(product, shared_units(after ? first.vn : keys ? s.second.dw : s.second.dout),
+                                   shared_units(after ? first.ds[0] : s.second.s[0]));
+                    wgmma_commit();
+                    const float *factor = after ? factors.update : keys ? factors.w : factors.o;
+                    const float unit = after ? p.unit : keys ? -1.0f : p.forward.scale;
+                    upper = factor[row] * unit, lower = factor[row + 8] * unit;
+                    wgmma_wait<0>();
+                    wgmma_settle(product);
+                    if (after || !keys) arrive_warp(&s.first_used[n % 2], lane);
+                    if (!after) arrive_warp(&s.second_used, lane);
+                    if (h == 0) mbarrier_wait(keys ? &s.k_full : &s.q_full, item % 2);
+                } else {
+                    if (h == 0) mbarrier_wait(keys ? &s.q_full : &s.k_full, item % 2);
+                    mbarrier_wait(&s.scores_ready, n % 2);
+                    if (keys) {
+                        wgmma_fence();
+                        multiply_tokens(product, shared_units(&s.m), shared_units(s.k));
+                        multiply_transposed(product, shared_units(&s.dp), shared_units(s.q));
+                        multiply_transposed(product, shared_units(&s.m), shared_units(s.k));
+                        wgmma_commit();
+                    } else {
+                        wgmma_fence();
+                        multiply_tokens(product, shared_units(&s.dp), shared_units(s.k));
+                        wgmma_commit();
+                    }
+                    wgmma_wait<0>();
+                    wgmma_settle(product);
+                    arrive_warp(&s.scores_used, lane);
+                }
+                dot_rows(dot, product, rows, warp, lane);
+                add_rows(sum, product, upper, lower);
+                store_sums(keys ? sums.key[i] : sums.query[i], upper * dot[0], lower * dot[1], warp, lane);
+            }
             arrive_warp(&s.sums_full[n % SUMS], lane);
-            mbarrier_wait(&s.scores_ready, n % 2);
-            wgmma_fence();
-            multiply_tokens(dq, shared_units(&s.dp), shared_units(s.k));
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_settle(dq);
         }
-        if (p.forward.l2norm) through_norm(dq, s.q, s.square_q, warp, lane);
-        arrive_warp(&s.qk_free, lane);
-        mbarrier_wait(&s.used, (n - 1) % 2);
-        send_gradient<QUERIES_BARRIER>(dq, s.first[(n - 1) % 2].ds[0], &s.sent[item % 2], place, &p.dq, p.dq_rows, p.forward.q_token,
-                                       p.forward.q_head, thread);
-    }
-}
-
-static __device__ void run_keys(const fqla__backward_params &p, GradientsShared &s, int items, int thread) {
-    const int warp = thread / WARP, lane = thread % WARP, row = BLOCK * warp + lane / 4;
-    const int heads = p.forward.heads_v / p.forward.heads_qk;
-    float dk[64], product[64];
-    int n = 0, clears = 0;
-    for (int item = 0; item < items; item++) {
-        const Place &place = wait_place(s, item, n, clears);
-#pragma unroll
-        for (int i = 0; i < 64; i++) dk[i] = 0.0f;
-        for (int h = 0; h < heads; h++, n++) {
-            const fqla__factors &factors = s.factors[n % 3];
-            const FirstPart &first = s.first[n % 2];
-            HeadSums &sums = s.sums[n % SUMS];
-            mbarrier_wait(&s.first_full[n % 2], n / 2 % 2);
-            wgmma_fence();
-            multiply_state(product, shared_units(first.vn), shared_units(first.ds));
-            wgmma_commit();
-            const float update[2] = {factors.update[row] * p.unit, factors.update[row + 8] * p.unit},
-                        w[2] = {factors.w[row], factors.w[row + 8]};
-            wait_sums(s, n);
-            mbarrier_wait(&s.qk_full, item % 2);
-            wgmma_wait<0>();
-            wgmma_settle(product);
-            add_rows(dk, product, update[0], update[1], s.k, sums.update, 1.0f, warp, lane);
-
-            wait_second(s, place, n, clears);
-            wgmma_fence();
-            multiply_state(product, shared_units(s.second.dw), shared_units(s.second.s));
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_settle(product);
-            arrive_warp(&s.used, lane);
-            add_rows(dk, product, w[0], w[1], s.k, sums.key, -1.0f, warp, lane);
-            arrive_warp(&s.sums_full[n % SUMS], lane);
-
-            mbarrier_wait(&s.scores_ready, n % 2);
-            wgmma_fence();
-            multiply_transposed(dk, shared_units(&s.dp), shared_units(s.q));
-            multiply_tokens(dk, shared_units(&s.m), shared_units(s.k));
-            multiply_transposed(dk, shared_units(&s.m), shared_units(s.k));
-            wgmma_commit();
-            wgmma_wait<0>();
-            wgmma_settle(dk);
-        }
-        if (p.forward.l2norm) through_norm(dk, s.k, s.square_k, warp, lane);
-        arrive_warp(&s.qk_free, lane);
-        mbarrier_wait(&s.used, (n - 1) % 2);
-        send_gradient<KEYS_BARRIER>(dk, s.first[(n - 1) % 2].ds[1], &s.sent[item % 2], place, &p.dk, p.dk_rows, p.k_token, p.k_head,
-                                    thread);
+        leave_gradient(p, s, sum, item, n - 1, place, thread, keys);
     }
 }
 

@@ -2,8 +2,8 @@
 
        dP_ij   = scale exp(G_i - G_j) rq_i r_j (dO Vn^T)_ij   i >= j
        dKK_ij  = -exp(G_i - G_j) r_i r_j (dW Vn^T)_ij         i > j
-       Z_ij    = dP_ij (Q K^T)_ij + dKK_ij (K K^T)_ij         i > j: what reaches the gates of the tokens j + 1 .. i
        dbeta_j = (dW Vn^T)_jj / beta_j^2
+       <dS1, S0> = the sum of the diagonals of dS1^T S0, 64 rows of V at a time
 
    The inverse needs no gradient of its own: beta dL = -decay T^T dT T^T with dT = dVn W^T, and T^T dVn is dW, T W is Vn.
    Vn_j is beta_j times what the state makes of the token's v, and dW_j is beta_j times the gradient of that product.
@@ -14,9 +14,7 @@
 #include "backward_rows.h"
 #include "gates.h"
 
-static __device__ __forceinline__ float half_of_bf16(uint32_t pair, int high) {
-    return __uint_as_float(high ? pair & 0xffff0000u : pair << 16);
-}
+enum { SCORES_BARRIER = 2 };
 
 static __device__ __forceinline__ float element_of(const Tile *tiles, int row, int column) {
     return low_element(
@@ -72,98 +70,71 @@ static __device__ __forceinline__ uint64_t find_tiny(const fqla__factors &f, int
     return (uint64_t)high << 32 | low;
 }
 
-/* Of 2 * half sums a lane keeps one half and gives the other to the lane 2 * half away. */
-template <int half> static __device__ __forceinline__ void halve_sums(float (&c)[16], int lane) {
-    const bool upper = (lane & 2 * half) != 0;
+/* Of a 64 x 64 product its diagonal. Of a 16 x 16 block that of rows l/4 and l/4 + 8 lies in the lanes l of l/8 = l%4. */
+static __device__ __forceinline__ void leave_diagonal(float *to, const float (&d)[32], int warp, int lane) {
 #pragma unroll
-    for (int i = 0; i < half; i++) {
-        const float low = c[i], high = c[i + half], other = __shfl_xor_sync(0xffffffffu, upper ? low : high, 2 * half);
-        c[i] = (upper ? high : low) + other;
-    }
+    for (int block = 0; block < BLOCKS; block++)
+        if (block == warp && lane / 8 == lane % 4)
+            for (int half = 0; half < 2; half++)
+                to[BLOCK * block + lane / 4 + 8 * half] = lane / 4 % 2 ? d[8 * block + 6 * half + 1] : d[8 * block + 6 * half];
 }
 
-/* Sixteen columns' sums over the lanes of equal lane % 4; a lane ends with two of them. */
-static __device__ __forceinline__ void sum_columns(float (&c)[16], float *to, int lane) {
-    halve_sums<8>(c, lane);
-    halve_sums<4>(c, lane);
-    halve_sums<2>(c, lane);
-    const int tile = (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (lane & 4 ? 1 : 0);
-    *(float2 *)&to[8 * tile + 2 * (lane % 4)] = make_float2(c[0], c[1]);
-}
-
-/* dP and dKK in place of dO Vn^T and dW Vn^T, and into their tiles. */
+/* dP and dKK from dO Vn^T and dW Vn^T, into their tiles. h: the item's v-head. */
 static __device__ __forceinline__ void make_gradients(const fqla__backward_params &p, GradientsShared &s, float (&d)[32],
-                                                      float (&g)[32], int n, int warp, int lane) {
+                                                      float (&g)[32], int item, int h, int n, int warp, int lane) {
     const fqla__factors &f = s.factors[n % 3];
-    HeadSums &sums = s.sums[n % SUMS];
     const int row = BLOCK * warp + lane / 4, column = 2 * (lane % 4);
     const float e1 = exp2_fast(f.block[1]), e2 = exp2_fast(f.block[2]), scale = p.forward.scale;
     const float rows[2] = {f.row[row], f.row[row + 8]};
     const float ratio[2] = {p.forward.l2norm ? -s.ratio[row] : -1.0f, p.forward.l2norm ? -s.ratio[row + 8] : -1.0f};
-    float head[2] = {exp2_fast(rows[0]), exp2_fast(rows[1])};
+    float head[2] = {exp2_fast(rows[0]), exp2_fast(rows[1])}; /* from the blocks left of these to the rows */
+    float p_diagonal[2], beta_diagonal[2]; /* of the rows, where the lane has them */
 #pragma unroll
     for (int block = BLOCKS - 1; block >= 0; block--) {
         float *dp = &d[8 * block], *m = &g[8 * block];
         if (block > warp) continue;
+        const bool own = block == warp; /* the diagonal's: its decays from its own rows' logarithms */
         const float whole = f.block[block];
+        if (own)
+            for (int half = 0; half < 2; half++) beta_diagonal[half] = lane / 4 % 2 ? m[6 * half + 1] : m[6 * half];
 #pragma unroll
         for (int e = 0; e < 8; e++) {
             const int half = e / 2 % 2, j = column + e / 4 * 8 + e % 2, i = lane / 4 + half * 8;
-            const float from = f.column[BLOCK * block + j];
-            if (block == warp) {
-                const float decay = exp2_fast(rows[half] - from);
-                if (j == i) sums.diagonal[BLOCK * block + j] = m[e];
-                dp[e] = j <= i ? dp[e] * (decay * scale) : 0.0f;
-                m[e] = j < i ? m[e] * (decay * ratio[half]) : 0.0f;
-            } else {
-                const float decay = head[half] * exp2_fast(whole - from);
-                dp[e] *= decay * scale;
-                m[e] *= decay * ratio[half];
-            }
+            const float decay = (own ? 1.0f : head[half]) * exp2_fast((own ? rows[half] : whole) - f.column[BLOCK * block + j]);
+            dp[e] *= decay * scale;
+            m[e] *= decay * ratio[half];
+            if (e % 6 < 2 && own && j == i) p_diagonal[half] = dp[e];
+            dp[e] = !own || j < i ? dp[e] : 0.0f;
+            m[e] = !own || j < i ? m[e] : 0.0f;
         }
-        if (block < warp) { /* this block lies between the rows and the blocks left of it */
+        if (!own) { /* this block lies between the rows and the blocks left of it */
             head[0] *= block == 2 ? e2 : e1;
             head[1] *= block == 2 ? e2 : e1;
         }
         store_tile_block(&s.dp, warp, block, lane, dp);
         store_tile_block(&s.m, warp, block, lane, m);
     }
+    if (lane / 8 == lane % 4)
+        for (int half = 0; half < 2; half++) {
+            float *sum = &s.diagonal[item % 2][row + 8 * half];
+            *sum = h == 0 ? p_diagonal[half] : *sum + p_diagonal[half];
+            s.sums[n % SUMS].diagonal[row + 8 * half] = beta_diagonal[half];
+        }
     fence_proxy_async(); /* they go to wgmma */
     arrive_warp(&s.scores_ready, lane);
 }
 
-/* Z's sums from dP and dKK. qk, kk: Q K^T and K K^T as pairs of bfloat16. */
-static __device__ __forceinline__ void sum_gradients(HeadSums &sums, const float (&d)[32], const float (&g)[32],
-                                                     const uint32_t (&qk)[16], const uint32_t (&kk)[16], int warp, int lane) {
-    const int row = BLOCK * warp + lane / 4, column = 2 * (lane % 4);
-    float row_sums[2] = {0.0f, 0.0f}, columns[16];
-#pragma unroll
-    for (int i = 0; i < 16; i++) columns[i] = 0.0f;
-#pragma unroll
-    for (int block = BLOCKS - 1; block >= 0; block--) {
-        if (block > warp) continue;
-#pragma unroll
-        for (int pair = 0; pair < 4; pair++) {
-            /* unpacked here and not once for all heads: 64 registers */
-            const uint32_t products_q = (uint32_t)renewed((int)qk[4 * block + pair]),
-                           products_k = (uint32_t)renewed((int)kk[4 * block + pair]);
-#pragma unroll
-            for (int high = 0; high < 2; high++) {
-                const int e = 2 * pair + high, half = pair % 2, j = column + e / 4 * 8 + high, i = lane / 4 + half * 8;
-                float z = fmaf(d[8 * block + e], half_of_bf16(products_q, high), g[8 * block + e] * half_of_bf16(products_k, high));
-                if (block == warp) z = j < i ? z : 0.0f;
-                row_sums[half] += z;
-                columns[4 * block + e / 4 * 2 + high] += z;
-            }
-        }
-    }
-    sum_columns(columns, sums.column[warp], lane);
-    row_sums[0] = sum_quad(row_sums[0]);
-    row_sums[1] = sum_quad(row_sums[1]);
-    if (lane % 4 == 0) {
-        sums.row[row] = row_sums[0];
-        sums.row[row + 8] = row_sums[1];
-    }
+/* The dots of k with dKK K, by the role that has time for them. */
+static __device__ __forceinline__ void sum_reads(GradientsShared &s, int n, int warp, int lane) {
+    float product[64], dot[2];
+    wgmma_fence();
+    multiply_tokens(product, shared_units(&s.m), shared_units(s.k));
+    wgmma_commit();
+    wgmma_wait<0>();
+    wgmma_settle(product);
+    arrive_warp(&s.scores_used, lane);
+    dot_rows(dot, product, s.k, warp, lane);
+    store_sums(s.sums[n % SUMS].read, dot[0], dot[1], warp, lane);
 }
 
 /* With l2norm the rows' norms, from shared memory: 64 threads those of q, 64 those of k. */
@@ -187,58 +158,49 @@ static __device__ __forceinline__ void make_norms(GradientsShared &s, int valid,
     meet<SCORES_BARRIER, WARPGROUP>();
 }
 
-/* A chunk's product as pairs of bfloat16: Q K^T, K K^T. */
-static __device__ __forceinline__ void multiply_chunk(uint32_t (&to)[16], uint32_t a, uint32_t b) {
-    float d[32];
-    wgmma_fence();
-    multiply_tiles(d, a, b);
-    wgmma_commit();
-    wgmma_wait<0>();
-    wgmma_settle(d);
-#pragma unroll
-    for (int i = 0; i < 16; i++) to[i] = pack_bf16(d[2 * i], d[2 * i + 1]);
-}
-
-/* q and k of an item come late, when the one before no longer needs theirs, and dP and dKK do without them: so they come first, and
-   what needs q and k after. */
+/* q and k of an item come late, when the one before no longer needs theirs; dP and dKK do without them. */
 static __device__ void run_scores(const fqla__backward_params &p, GradientsShared &s, int items, int block_thread) {
     const int heads = p.forward.heads_v / p.forward.heads_qk;
-    uint32_t qk[16], kk[16];
     int n = 0, clears = 0;
     for (int item = 0; item < items; item++) {
         const Place &place = wait_place(s, item, n, clears);
         if (p.forward.l2norm) {
-            mbarrier_wait(&s.qk_full, item % 2);
+            mbarrier_wait(&s.q_full, item % 2);
+            mbarrier_wait(&s.k_full, item % 2);
             make_norms(s, place.valid, block_thread);
         }
         for (int h = 0; h < heads; h++, n++) {
             const int thread = renewed(block_thread) & (WARPGROUP - 1), warp = thread / WARP, lane = thread % WARP;
             const FirstPart &first = s.first[n % 2];
-            float d[32], g[32];
+            float d[32], g[32], states[32];
             wait_second(s, place, n, clears);
             wgmma_fence();
             multiply_tiles(d, shared_units(s.second.dout), shared_units(first.vn));
             multiply_tiles(g, shared_units(s.second.dw), shared_units(first.vn));
+            multiply_tiles(states, shared_units(first.ds[0]), shared_units(s.second.s[0]));
+            multiply_tiles_onto(states, shared_units(first.ds[1]), shared_units(s.second.s[1]));
             wgmma_commit();
             wait_sums(s, n);
             wgmma_wait<0>();
             wgmma_settle(d);
             wgmma_settle(g);
+            wgmma_settle(states);
             for (uint64_t tiny = find_tiny(s.factors[n % 3], place.valid, lane); tiny != 0; tiny &= tiny - 1) {
-                mbarrier_wait(&s.qk_full, item % 2);
+                mbarrier_wait(&s.q_full, item % 2);
+                mbarrier_wait(&s.k_full, item % 2);
                 tiny_beta(p, s, place, h, n, __ffsll((long long)tiny) - 1, thread);
             }
-            arrive_warp(&s.used, lane);
-            mbarrier_wait(&s.used, n % 2);
+            arrive_warp(&s.first_used[n % 2], lane);
+            arrive_warp(&s.second_used, lane);
+            leave_diagonal(s.sums[n % SUMS].states, states, warp, lane);
+            if (n > 0) mbarrier_wait(&s.scores_used, (n - 1) % 2);
             __syncwarp();
-            make_gradients(p, s, d, g, n, warp, lane);
-            if (h == 0) {
-                mbarrier_wait(&s.qk_full, item % 2);
-                multiply_chunk(qk, shared_units(s.q), shared_units(s.k));
-                multiply_chunk(kk, shared_units(s.k), shared_units(s.k));
-            }
+            make_gradients(p, s, d, g, item, h, n, warp, lane);
+            mbarrier_wait(&s.k_full, item % 2);
+            mbarrier_wait(&s.q_full, item % 2);
+            mbarrier_wait(&s.scores_ready, n % 2);
+            sum_reads(s, n, warp, lane);
             if (h == heads - 1) arrive_warp(&s.qk_free, lane);
-            sum_gradients(s.sums[n % SUMS], d, g, qk, kk, warp, lane);
             arrive_warp(&s.sums_full[n % SUMS], lane);
         }
     }

@@ -7,8 +7,6 @@
 enum { QUERIES, KEYS, SCORES, HELPERS, ROLES };
 static_assert(FQLA__GRADIENTS_THREADS == ROLES * WARPGROUP, "a warpgroup a role");
 enum { PRODUCERS = HELPERS * WARPGROUP, PRODUCERS_WARPS = PRODUCERS / WARP }; /* the three that multiply */
-/* HELPERS' warps: one finishes the gates, two help with <dS1, S0>, one loads. */
-enum { DOTS_WARPS = 2, USERS_WARPS = PRODUCERS_WARPS + DOTS_WARPS };
 
 /* An item of a block's work: a chunk of a q/k head. A block takes those of numbers blockIdx.x, blockIdx.x + gridDim.x ... */
 typedef struct Place {
@@ -39,7 +37,7 @@ static __device__ __forceinline__ Place find_place(const fqla__forward_params &f
     return place;
 }
 
-/* A head's first load: what dK's first product needs. 48 KB, as it lies in fqla__chunk_states */
+/* A head's first load. 48 KB, as it lies in fqla__chunk_states */
 typedef struct FirstPart {
     Tile ds[2][2]; /* dS1^T / unit, [half of V][half of K] */
     Tile vn[2];    /* [half of V], as the others below */
@@ -56,37 +54,38 @@ typedef struct SecondPart {
 
 /* Of a step: a v-head of a chunk. */
 typedef struct HeadSums {
-    float query[CHUNK];      /* scale o_i q_i . (dO S0^T)_i, by QUERIES */
-    float update[CHUNK];     /* H_i = update_i k_i . (Vn dS1^T)_i, by KEYS */
-    float key[CHUNK];        /* w_i k_i . (dW S0^T)_i */
-    float row[CHUNK];        /* sum_{j<i} Z_ij, by SCORES */
-    float column[4][CHUNK];  /* sum_{i>j} Z_ij, by rows' blocks */
+    float query[2][CHUNK];   /* q_i . (scale o dO S0^T)_i, q_i . (dP K)_i, by QUERIES */
+    float key[3][CHUNK];     /* k_i . (-w dW S0^T)_i, k_i . (update Vn dS1^T)_i = H_i, k_i . (dKK K + dP^T Q + dKK^T K)_i, by KEYS */
+    float read[CHUNK];       /* k_i . (dKK K)_i, by SCORES */
     float diagonal[CHUNK];   /* (dW Vn^T)_jj */
     float tiny[CHUNK];       /* dbeta of tokens whose beta is too small to divide by */
-    float states[6];         /* <dS1, S0>, a warp's share: QUERIES', HELPERS' */
+    float states[CHUNK];     /* of <dS1, S0> the rows i and 64 + i of V, by SCORES */
 } HeadSums;
 
 typedef struct __align__(1024) GradientsShared {
     Tile q[2], k[2];            /*                                      32 KB */
     FirstPart first[2];         /* step n in n % 2; of a chunk's last step at its end dq's and dk's way out    96 KB */
     SecondPart second;          /*                                      64 KB */
-    Tile dp, m;                 /* dP, and dKK below its diagonal       16 KB */
+    Tile dp, m;                 /* dP and dKK below their diagonals     16 KB */
     fqla__factors factors[3];   /* step n in n % 3                     4.6 KB */
-    HeadSums sums[SUMS];        /* step n in n % 3                       8 KB */
+    HeadSums sums[SUMS];        /* step n in n % 3                       7 KB */
+    float diagonal[2][CHUNK];   /* dP's, of item i's v-heads up to this one in i % 2 */
     float square_q[CHUNK], square_k[CHUNK]; /* rq_i^2, r_i^2; with l2norm alone, as the next */
     float ratio[CHUNK];         /* r_i / rq_i */
     float tiny_n[CHUNK], tiny_p[CHUNK], tiny_sum[4];
     Place places[PLACES];       /* item i in i % 8: two items ahead, and HELPERS up to three steps behind */
-    uint64_t qk_full, first_full[2], second_full; /* copy engine -> producers, HELPERS */
+    uint64_t q_full, k_full, first_full[2], second_full; /* copy engine -> producers */
     uint64_t cleared;           /* producers -> producers: the rows past a sequence's end are zeros */
     uint64_t qk_free;           /* producers -> HELPERS: q and k may be overwritten */
-    uint64_t sent[2];           /* QUERIES, KEYS -> HELPERS: dq and dk of item i have left first; i % 2, since with one v-head a q/k
-                                   head the next item's can leave before HELPERS look */
-    uint64_t used;              /* producers, HELPERS -> HELPERS: the step's first and second part may be overwritten;
-                                   -> SCORES: dp, m of the step before */
-    uint64_t scores_ready;      /* SCORES -> QUERIES, KEYS: dp, m */
-    uint64_t sums_full[SUMS];   /* producers, HELPERS -> HELPERS */
-    uint64_t sums_free[SUMS];   /* HELPERS -> producers, HELPERS */
+    uint64_t left[2];           /* QUERIES, KEYS -> HELPERS: dq and dk of item i lie in first; i % 2, since with one v-head a q/k head
+                                   the next item's can before HELPERS look */
+    uint64_t first_used[2];     /* producers -> HELPERS: the step's first part may be overwritten; step n in n % 2, since KEYS may be in
+                                   step n when the others have used step n + 1's */
+    uint64_t second_used;       /* the same of its second */
+    uint64_t scores_ready;      /* SCORES -> producers: dp, m */
+    uint64_t scores_used;       /* producers -> SCORES: they may be overwritten */
+    uint64_t sums_full[SUMS];   /* producers -> HELPERS */
+    uint64_t sums_free[SUMS];   /* HELPERS -> producers */
 } GradientsShared;
 
 static_assert(sizeof(GradientsShared) == FQLA__GRADIENTS_SHARED_BYTES, "what the host asks for");
@@ -114,7 +113,8 @@ static __device__ __forceinline__ const Place &wait_place(GradientsShared &s, in
     const Place &place = s.places[item % PLACES];
     mbarrier_wait(&s.first_full[n % 2], n / 2 % 2);
     if (place.valid < CHUNK) {
-        mbarrier_wait(&s.qk_full, item % 2);
+        mbarrier_wait(&s.q_full, item % 2);
+        mbarrier_wait(&s.k_full, item % 2);
         for (int i = 0; i < 4; i++) clear_tile_rows(&s.q[0] + i, place.valid, (int)threadIdx.x, PRODUCERS); /* q, k */
         meet_cleared(s, clears);
     }

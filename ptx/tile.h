@@ -40,6 +40,13 @@ static __device__ __forceinline__ void multiply_tiles(float (&d)[32], uint32_t a
         wgmma_64x64_shared(d, tile_descriptor(a + step_units(step), 0), tile_descriptor(b + step_units(step), 0));
 }
 
+/* d += a b^T */
+static __device__ __forceinline__ void multiply_tiles_onto(float (&d)[32], uint32_t a, uint32_t b) {
+#pragma unroll
+    for (int step = 0; step < DIM / 16; step++)
+        wgmma_64x64_shared(d, tile_descriptor(a + step_units(step), 0), tile_descriptor(b + step_units(step), 0));
+}
+
 /* A lower triangular 64 x 64 matrix X of 16-bit elements by its ten 16 x 16 blocks (row, column), in global memory: column after column
    of blocks, of each the blocks row = column .. 3, 512 bytes a block; a block is four 8 x 8 tiles of 128 bytes, of rows of 16 bytes:
    (upper, left), (upper, right), (lower, left), (lower, right). 5 KB */

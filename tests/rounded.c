@@ -273,9 +273,9 @@ static void leave_gradients(const oracle *p, int h, chunk *c, double (*d16)[DIM]
     }
     for (i = 0; i < c->count; i++)
         for (j = 0; j <= i; j++) {
-            const double dp = p->scale * c->decay_qk[i][j] * dot(c->dout[i], c->vn16[j]), dp16 = rounded(dp, dtype);
+            const double dp = p->scale * c->decay_qk[i][j] * dot(c->dout[i], c->vn16[j]), dp16 = i > j ? rounded(dp, dtype) : dp;
             const double dkk = i > j ? -c->decay_kk[i][j] * dot(dw[i], c->vn16[j]) : 0.0, dkk16 = rounded(dkk, dtype);
-            const double z = dp * rounded_as(c->qk[i][j], FQLA_DTYPE_BF16, dtype) + dkk * rounded_as(c->kk[i][j], FQLA_DTYPE_BF16, dtype);
+            const double z = dp16 * c->qk[i][j] + dkk16 * c->kk[i][j];
             add(dq[i], dp16, c->k[j]);
             add(dk[j], dp16, c->q[i]);
             add(dk[i], dkk16, c->k[j]);
