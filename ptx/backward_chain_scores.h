@@ -1,12 +1,12 @@
 /* The scores' warpgroup of backward_chains: P and T of a chunk, ahead of the state, for the gradients; and zeros in the rows past a
    sequence's end. Warp w makes rows 16w .. 16w + 15.
 
-       P_ij = scale / unit exp(G_i - G_j) rq_i r_j (Q K^T)_ij       i >= j, decays as in forward_scores.h */
+       P_ij = scale / unit exp(G_i - G_j) rq_i r_j (Q K^T)_ij       i >= j, decays.h */
 #ifndef FLASHQLA_BACKWARD_CHAIN_SCORES_H
 #define FLASHQLA_BACKWARD_CHAIN_SCORES_H
 
 #include "backward_chain_shared.h"
-#include "gates.h"
+#include "decays.h"
 
 /* P's place may be written once `free` completes its phase; NULL: it may. */
 static __device__ __forceinline__ void make_scores(const fqla__factors &d, uint32_t q, uint32_t k, Tile *to, float scale,
@@ -31,21 +31,7 @@ static __device__ __forceinline__ void make_scores(const fqla__factors &d, uint3
     for (int block = BLOCKS - 1; block >= 0; block--) {
         float *value = &qk[8 * block];
         if (block > warp) continue;
-        if (block == warp) {
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const int j = column + e / 4 * 8 + e % 2, i = lane / 4 + e / 2 % 2 * 8;
-                value[e] = j <= i ? value[e] * inside[e] : 0.0f;
-            }
-        } else {
-            const float whole = d.block[block];
-#pragma unroll
-            for (int e = 0; e < 8; e++)
-                value[e] *= head[e / 2 % 2] * exp2_fast(whole - d.column[BLOCK * block + column + e / 4 * 8 + e % 2]);
-            /* this block lies between the rows and the blocks left of it */
-            head[0] *= block == 2 ? e2 : e1;
-            head[1] *= block == 2 ? e2 : e1;
-        }
+        decay_block(value, block, warp, lane, d, inside, head, e1, e2);
         store_tile_block(to, warp, block, lane, value);
     }
 }

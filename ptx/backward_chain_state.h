@@ -24,19 +24,6 @@ static __device__ __forceinline__ void stage_rows(const uint32_t (&x)[16], const
                                x[4 * pair + 2], x[4 * pair + 3]);
 }
 
-/* Its transpose as kernel backward_scan's products read it: the rows of this half. At most 1 where the recurrence is stable. */
-static __device__ __forceinline__ void store_transition(const float (&state)[64], fqla__kept_transition *to, int half, int warp,
-                                                        int lane) {
-#pragma unroll
-    for (int j = 0; j < DIM / 8; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int row = 16 * warp + lane / 4 + 8 * e;
-            *(uint32_t *)&to->tiles[2 * half + j / 8][row * 128 + ((j % 8 ^ row % 8) * 16) + lane % 4 * 4] =
-                pack_fp16(state[4 * j + 2 * e], state[4 * j + 2 * e + 1]);
-        }
-}
-
 /* Where h0, dht or dh0 lies, whose columns begin at first_v; `carried`: one of p.carried. */
 static __device__ __forceinline__ StatePlace given_place(const fqla__backward_params &p, int32_t carried, int first_v, int thread) {
     StatePlace place = state_place(p.forward, first_v, thread);

@@ -1,12 +1,10 @@
-/* The scores' warpgroup: P_ij = exp(G_i - G_j) rq_i r_j (Q K^T)_ij for i >= j, ahead of the state. Warp w owns rows 16w .. 16w + 15.
-
-   Decays as kernel prepare left them: inside a diagonal block exp2 of a difference of sums, elsewhere
-   head_i * (whole blocks between) * tail_j, every factor <= 1. */
+/* The scores' warpgroup: P_ij = exp(G_i - G_j) rq_i r_j (Q K^T)_ij for i >= j (decays.h), ahead of the state. Warp w owns rows 16w ..
+   16w + 15. */
 #ifndef FLASHQLA_FORWARD_SCORES_H
 #define FLASHQLA_FORWARD_SCORES_H
 
+#include "decays.h"
 #include "forward_shared.h"
-#include "gates.h"
 
 enum { SCORES_BARRIER = 1 }; /* named barrier of the 128 threads */
 
@@ -75,21 +73,7 @@ static __device__ __forceinline__ void make_scores(ForwardShared &s, const Item 
             for (int block = BLOCKS - 1; block >= 0; block--) {
                 float *value = &qk[8 * block];
                 if (block > warp) continue;
-                if (block == warp) {
-#pragma unroll
-                    for (int e = 0; e < 8; e++) {
-                        const int j = column + e / 4 * 8 + e % 2, i = lane / 4 + e / 2 % 2 * 8;
-                        value[e] = j <= i ? value[e] * inside[e] : 0.0f;
-                    }
-                } else {
-                    const float whole = d.block[block];
-#pragma unroll
-                    for (int e = 0; e < 8; e++)
-                        value[e] *= head[e / 2 % 2] * exp2_fast(whole - d.column[BLOCK * block + column + e / 4 * 8 + e % 2]);
-                    /* this block lies between the rows and the blocks left of it */
-                    head[0] *= block == 2 ? e2 : e1;
-                    head[1] *= block == 2 ? e2 : e1;
-                }
+                decay_block(value, block, warp, lane, d, inside, head, e1, e2);
                 store_block(to, warp, block, lane, value);
             }
             fence_proxy_async(); /* P goes to wgmma */

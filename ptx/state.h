@@ -76,6 +76,19 @@ static __device__ __forceinline__ void store_kept(const float (&state)[64], fqla
     for (int i = 0; i < 16; i++) *(float4 *)kept->values[2 * half + thread / 64][i][thread % 64] = make_float4(state[4 * i], state[4 * i + 1], state[4 * i + 2], state[4 * i + 3]);
 }
 
+/* A transition's transpose, as the scans' products read it: the rows of this half. Its elements are at most 1 where the recurrence is
+   stable. */
+static __device__ __forceinline__ void store_transition(const float (&state)[64], fqla__kept_transition *to, int half, int warp, int lane) {
+#pragma unroll
+    for (int j = 0; j < DIM / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int row = 16 * warp + lane / 4 + 8 * e;
+            *(uint32_t *)&to->tiles[2 * half + j / 8][row * 128 + ((j % 8 ^ row % 8) * 16) + lane % 4 * 4] =
+                pack_fp16(state[4 * j + 2 * e], state[4 * j + 2 * e + 1]);
+        }
+}
+
 static __device__ __forceinline__ void clear_state(float (&state)[64]) {
 #pragma unroll
     for (int i = 0; i < 64; i++) state[i] = 0.0f;

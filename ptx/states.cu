@@ -108,18 +108,6 @@ template <bool with_v> static __device__ __forceinline__ void walk(StatesShared 
     wgmma_wait<0>();
 }
 
-/* The transposed transition's rows of this half, as scan.cu's products read it. Its elements are at most 1 where the recurrence is stable. */
-static __device__ __forceinline__ void store_transition(const float (&state)[64], fqla__kept_transition *to, int half, int warp, int lane) {
-#pragma unroll
-    for (int j = 0; j < DIM / 8; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-            const int row = 16 * warp + lane / 4 + 8 * e;
-            *(uint32_t *)&to->tiles[2 * half + j / 8][row * 128 + ((j % 8 ^ row % 8) * 16) + lane % 4 * 4] =
-                pack_fp16(state[4 * j + 2 * e], state[4 * j + 2 * e + 1]);
-        }
-}
-
 static __device__ void run_state(const fqla__forward_params &p, StatesShared &s, int half, bool transition, int thread) {
     const Segment &segment = s.segment;
     const int warp = thread / WARP, lane = thread % WARP, numbers = segment.end - s.start;
