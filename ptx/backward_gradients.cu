@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
         for (int i = 0; i < 2; i++) {
             mbarrier_init(&s.first_full[i], 1);
             mbarrier_init(&s.first_used[i], PRODUCERS_WARPS);
-            mbarrier_init(&s.left[i], 2 * WARPGROUP / WARP);
+            mbarrier_init(&s.gradients_full[i], 2 * WARPGROUP / WARP);
         }
         for (int i = 0; i < SUMS; i++) {
             mbarrier_init(&s.sums_full[i], PRODUCERS_WARPS);
@@ -81,15 +81,15 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
 
     const int items = count_items(f);
     __syncthreads();
-    if (thread / WARP != LOADS_WARP) grid_wait(); /* that one does when it needs what the kernels before leave */
+    if (thread / WARP != PRODUCERS_WARPS + LOADS_WARP) grid_wait(); /* that one does when it needs what the kernels before leave */
     if (items <= 0) return;
 
     const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
     if (role == HELPERS) {
         shrink_registers<HELPERS_REGISTERS>();
         const int warp = thread % WARPGROUP / WARP;
-        if (warp == 0) run_gates(p, s, items, thread % WARP);
-        else if (warp == 1) run_loads(p, s, items, thread % WARP);
+        if (warp == GATES_WARP) run_gates(p, s, items, thread % WARP);
+        else if (warp == LOADS_WARP) run_loads(p, s, items, thread % WARP);
     } else if (role == SCORES) {
         grow_registers<SCORES_REGISTERS>();
         run_scores(p, s, items, thread % WARPGROUP);

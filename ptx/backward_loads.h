@@ -62,8 +62,6 @@ static __device__ __forceinline__ void find_item(const fqla__forward_params &f, 
     __syncwarp();
 }
 
-enum { LOADS_WARP = HELPERS * WARPGROUP / WARP + 1 };
-
 static __device__ void run_loads(const fqla__backward_params &p, GradientsShared &s, int items, int lane) {
     const int heads = p.forward.heads_v / p.forward.heads_qk;
     find_item(p.forward, s, 0, items, lane);
@@ -87,7 +85,7 @@ static __device__ void run_loads(const fqla__backward_params &p, GradientsShared
         }
         mbarrier_wait(&s.qk_free, item % 2);
         if (item + 1 < items) load_chunk_rows(p, s, s.places[(item + 1) % PLACES]);
-        mbarrier_wait(&s.left[item % 2], item / 2 % 2);
+        mbarrier_wait(&s.gradients_full[item % 2], item / 2 % 2);
         send_gradients(p, s.first[(n - 1) % 2], s.places[item % PLACES]);
         load_first(p, s, item + 1, items, 1, n + 1);
     }

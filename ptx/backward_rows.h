@@ -105,7 +105,7 @@ static __device__ __forceinline__ void leave_gradient(const fqla__backward_param
     const int thread = renewed(role_thread), warp = thread / WARP, lane = thread % WARP; /* no addresses are kept for this */
     const int row = BLOCK * warp + lane / 4;
     Tile *tiles = s.first[n % 2].ds[keys ? 1 : 0];
-    add_tiles(d, keys ? s.q : s.k, s.diagonal[item % 2][row], s.diagonal[item % 2][row + 8], warp, lane);
+    add_tiles(d, keys ? s.q : s.k, s.dp_diagonal[item % 2][row], s.dp_diagonal[item % 2][row + 8], warp, lane);
     if (p.forward.l2norm) through_norm(d, keys ? s.k : s.q, keys ? s.square_k : s.square_q, warp, lane);
     arrive_warp(&s.qk_free, lane);
     mbarrier_wait(&s.first_used[n % 2], n / 2 % 2);
@@ -125,7 +125,7 @@ static __device__ __forceinline__ void leave_gradient(const fqla__backward_param
                     *(const uint4 *)(tiles[column / 8].bytes + own * 128 + ((column % 8 ^ own % 8) * 16));
         }
     }
-    arrive_warp(&s.left[item % 2], lane);
+    arrive_warp(&s.gradients_full[item % 2], lane);
 }
 
 /* QUERIES, or KEYS: the same loop over products, of a v-head the one by S0, KEYS' by dS1, that of the chunk. The same instructions, too:
@@ -161,7 +161,7 @@ static __device__ void run_rows(const fqla__backward_params &p, GradientsShared 
                     upper = factor[row] * unit, lower = factor[row + 8] * unit;
                     wgmma_wait<0>();
                     wgmma_settle(product);
-                    if (after || !keys) arrive_warp(&s.first_used[n % 2], lane);
+                    if (after || !keys) arrive_warp(&s.first_used[n % 2], lane); /* QUERIES too, so that it misses no phase of first_full */
                     if (!after) arrive_warp(&s.second_used, lane);
                     if (h == 0) mbarrier_wait(keys ? &s.k_full : &s.q_full, item % 2);
                 } else {

@@ -70,13 +70,19 @@ static __device__ __forceinline__ uint64_t find_tiny(const fqla__factors &f, int
     return (uint64_t)high << 32 | low;
 }
 
-/* Of a 64 x 64 product its diagonal. Of a 16 x 16 block that of rows l/4 and l/4 + 8 lies in the lanes l of l/8 = l%4. */
+/* A 16 x 16 accumulator's diagonal lies in the lanes l of l/8 = l%4: row l/4 (half 0) and l/4 + 8 (half 1). */
+static __device__ __forceinline__ bool has_diagonal(int lane) { return lane / 8 == lane % 4; }
+static __device__ __forceinline__ float diagonal_of(const float *block, int half, int lane) {
+    return lane / 4 % 2 ? block[6 * half + 1] : block[6 * half];
+}
+
+/* Of a 64 x 64 product its diagonal. */
 static __device__ __forceinline__ void leave_diagonal(float *to, const float (&d)[32], int warp, int lane) {
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++)
-        if (block == warp && lane / 8 == lane % 4)
+        if (block == warp && has_diagonal(lane))
             for (int half = 0; half < 2; half++)
-                to[BLOCK * block + lane / 4 + 8 * half] = lane / 4 % 2 ? d[8 * block + 6 * half + 1] : d[8 * block + 6 * half];
+                to[BLOCK * block + lane / 4 + 8 * half] = diagonal_of(&d[8 * block], half, lane);
 }
 
 /* dP and dKK from dO Vn^T and dW Vn^T, into their tiles. h: the item's v-head. */
@@ -88,7 +94,7 @@ static __device__ __forceinline__ void make_gradients(const fqla__backward_param
     const float rows[2] = {f.row[row], f.row[row + 8]};
     const float ratio[2] = {p.forward.l2norm ? -s.ratio[row] : -1.0f, p.forward.l2norm ? -s.ratio[row + 8] : -1.0f};
     float head[2] = {exp2_fast(rows[0]), exp2_fast(rows[1])}; /* from the blocks left of these to the rows */
-    float p_diagonal[2], beta_diagonal[2]; /* of the rows, where the lane has them */
+    float dp_diagonal[2], diagonal[2]; /* where the lane has them: dP's, and dW Vn^T's */
 #pragma unroll
     for (int block = BLOCKS - 1; block >= 0; block--) {
         float *dp = &d[8 * block], *m = &g[8 * block];
@@ -96,14 +102,14 @@ static __device__ __forceinline__ void make_gradients(const fqla__backward_param
         const bool own = block == warp; /* the diagonal's: its decays from its own rows' logarithms */
         const float whole = f.block[block];
         if (own)
-            for (int half = 0; half < 2; half++) beta_diagonal[half] = lane / 4 % 2 ? m[6 * half + 1] : m[6 * half];
+            for (int half = 0; half < 2; half++) diagonal[half] = diagonal_of(m, half, lane);
 #pragma unroll
         for (int e = 0; e < 8; e++) {
             const int half = e / 2 % 2, j = column + e / 4 * 8 + e % 2, i = lane / 4 + half * 8;
             const float decay = (own ? 1.0f : head[half]) * exp2_fast((own ? rows[half] : whole) - f.column[BLOCK * block + j]);
             dp[e] *= decay * scale;
             m[e] *= decay * ratio[half];
-            if (e % 6 < 2 && own && j == i) p_diagonal[half] = dp[e];
+            if (e % 6 < 2 && own && j == i) dp_diagonal[half] = dp[e]; /* elements 0, 1, 6 and 7 alone can be */
             dp[e] = !own || j < i ? dp[e] : 0.0f;
             m[e] = !own || j < i ? m[e] : 0.0f;
         }
@@ -114,11 +120,11 @@ static __device__ __forceinline__ void make_gradients(const fqla__backward_param
         store_tile_block(&s.dp, warp, block, lane, dp);
         store_tile_block(&s.m, warp, block, lane, m);
     }
-    if (lane / 8 == lane % 4)
+    if (has_diagonal(lane))
         for (int half = 0; half < 2; half++) {
-            float *sum = &s.diagonal[item % 2][row + 8 * half];
-            *sum = h == 0 ? p_diagonal[half] : *sum + p_diagonal[half];
-            s.sums[n % SUMS].diagonal[row + 8 * half] = beta_diagonal[half];
+            float *sum = &s.dp_diagonal[item % 2][row + 8 * half];
+            *sum = h == 0 ? dp_diagonal[half] : *sum + dp_diagonal[half];
+            s.sums[n % SUMS].diagonal[row + 8 * half] = diagonal[half];
         }
     fence_proxy_async(); /* they go to wgmma */
     arrive_warp(&s.scores_ready, lane);
@@ -178,7 +184,7 @@ static __device__ void run_scores(const fqla__backward_params &p, GradientsShare
             multiply_tiles(d, shared_units(s.second.dout), shared_units(first.vn));
             multiply_tiles(g, shared_units(s.second.dw), shared_units(first.vn));
             multiply_tiles(states, shared_units(first.ds[0]), shared_units(s.second.s[0]));
-            multiply_tiles_onto(states, shared_units(first.ds[1]), shared_units(s.second.s[1]));
+            multiply_tiles_onto<0>(states, shared_units(first.ds[1]), shared_units(s.second.s[1]));
             wgmma_commit();
             wait_sums(s, n);
             wgmma_wait<0>();
@@ -197,7 +203,7 @@ static __device__ void run_scores(const fqla__backward_params &p, GradientsShare
             __syncwarp();
             make_gradients(p, s, d, g, item, h, n, warp, lane);
             mbarrier_wait(&s.k_full, item % 2);
-            mbarrier_wait(&s.q_full, item % 2);
+            mbarrier_wait(&s.q_full, item % 2); /* its q is not read, but no phase may be missed: tiny_beta and make_norms wait for some */
             mbarrier_wait(&s.scores_ready, n % 2);
             sum_reads(s, n, warp, lane);
             if (h == heads - 1) arrive_warp(&s.qk_free, lane);

@@ -7,6 +7,7 @@
 enum { QUERIES, KEYS, SCORES, HELPERS, ROLES };
 static_assert(FQLA__GRADIENTS_THREADS == ROLES * WARPGROUP, "a warpgroup a role");
 enum { PRODUCERS = HELPERS * WARPGROUP, PRODUCERS_WARPS = PRODUCERS / WARP }; /* the three that multiply */
+enum { GATES_WARP, LOADS_WARP }; /* of HELPERS; its other two warps end: setmaxnreg goes by warpgroups */
 
 /* An item of a block's work: a chunk of a q/k head. A block takes those of numbers blockIdx.x, blockIdx.x + gridDim.x ... */
 typedef struct Place {
@@ -69,7 +70,7 @@ typedef struct __align__(1024) GradientsShared {
     Tile dp, m;                 /* dP and dKK below their diagonals     16 KB */
     fqla__factors factors[3];   /* step n in n % 3                     4.6 KB */
     HeadSums sums[SUMS];        /* step n in n % 3                       7 KB */
-    float diagonal[2][CHUNK];   /* dP's, of item i's v-heads up to this one in i % 2 */
+    float dp_diagonal[2][CHUNK]; /* of item i's v-heads up to this one in i % 2 */
     float square_q[CHUNK], square_k[CHUNK]; /* rq_i^2, r_i^2; with l2norm alone, as the next */
     float ratio[CHUNK];         /* r_i / rq_i */
     float tiny_n[CHUNK], tiny_p[CHUNK], tiny_sum[4];
@@ -77,7 +78,7 @@ typedef struct __align__(1024) GradientsShared {
     uint64_t q_full, k_full, first_full[2], second_full; /* copy engine -> producers */
     uint64_t cleared;           /* producers -> producers: the rows past a sequence's end are zeros */
     uint64_t qk_free;           /* producers -> HELPERS: q and k may be overwritten */
-    uint64_t left[2];           /* QUERIES, KEYS -> HELPERS: dq and dk of item i lie in first; i % 2, since with one v-head a q/k head
+    uint64_t gradients_full[2]; /* QUERIES, KEYS -> HELPERS: dq and dk of item i lie in first; i % 2, since with one v-head a q/k head
                                    the next item's can before HELPERS look */
     uint64_t first_used[2];     /* producers -> HELPERS: the step's first part may be overwritten; step n in n % 2, since KEYS may be in
                                    step n when the others have used step n + 1's */

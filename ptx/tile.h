@@ -32,19 +32,17 @@ static __device__ __forceinline__ float sum_of_squares(const uint4 &unit) {
     return sum;
 }
 
-/* d = a b^T for two 64 x 128 pairs of tiles. */
-static __device__ __forceinline__ void multiply_tiles(float (&d)[32], uint32_t a, uint32_t b) {
-    wgmma_64x64_shared_first(d, tile_descriptor(a, 0), tile_descriptor(b, 0));
+/* d += a b^T for two 64 x 128 pairs of tiles; from the first step on, of eight. */
+template <int first> static __device__ __forceinline__ void multiply_tiles_onto(float (&d)[32], uint32_t a, uint32_t b) {
 #pragma unroll
-    for (int step = 1; step < DIM / 16; step++)
+    for (int step = first; step < DIM / 16; step++)
         wgmma_64x64_shared(d, tile_descriptor(a + step_units(step), 0), tile_descriptor(b + step_units(step), 0));
 }
 
-/* d += a b^T */
-static __device__ __forceinline__ void multiply_tiles_onto(float (&d)[32], uint32_t a, uint32_t b) {
-#pragma unroll
-    for (int step = 0; step < DIM / 16; step++)
-        wgmma_64x64_shared(d, tile_descriptor(a + step_units(step), 0), tile_descriptor(b + step_units(step), 0));
+/* d = a b^T */
+static __device__ __forceinline__ void multiply_tiles(float (&d)[32], uint32_t a, uint32_t b) {
+    wgmma_64x64_shared_first(d, tile_descriptor(a, 0), tile_descriptor(b, 0));
+    multiply_tiles_onto<1>(d, a, b);
 }
 
 /* A lower triangular 64 x 64 matrix X of 16-bit elements by its ten 16 x 16 blocks (row, column), in global memory: column after column
