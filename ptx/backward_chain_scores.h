@@ -1,5 +1,5 @@
-/* The scores' warpgroup of backward_chains: P and T of a chunk, ahead of the state, for the gradients; and zeros in the rows past a
-   sequence's end. Warp w makes rows 16w .. 16w + 15.
+/* The scores' warpgroup of backward_chains: P of a chunk, ahead of the state, for the gradients; and zeros in the rows past a sequence's
+   end. Warp w makes rows 16w .. 16w + 15.
 
        P_ij = scale / unit exp(G_i - G_j) rq_i r_j (Q K^T)_ij       i >= j, decays.h */
 #ifndef FLASHQLA_BACKWARD_CHAIN_SCORES_H
@@ -8,11 +8,11 @@
 #include "backward_chain_shared.h"
 #include "decays.h"
 
-/* P's place may be written once `free` completes its phase; NULL: it may. */
+/* P, whose place may be written once `free` completes its phase; NULL: it may. Its decays are worked out while Q K^T is. */
 static __device__ __forceinline__ void make_scores(const fqla__factors &d, uint32_t q, uint32_t k, Tile *to, float scale,
                                                    uint64_t *free, uint32_t phase, int warp, int lane) {
     const int row = BLOCK * warp + lane / 4, column = 2 * (lane % 4);
-    float qk[32];
+    float qk[32], decay[32];
     wgmma_fence();
     multiply_tiles(qk, q, k);
     wgmma_commit();
@@ -23,28 +23,30 @@ static __device__ __forceinline__ void make_scores(const fqla__factors &d, uint3
 #pragma unroll
     for (int e = 0; e < 8; e++)
         inside[e] = exp2_fast(rows[e / 2 % 2] - d.column[BLOCK * warp + column + e / 4 * 8 + e % 2]) * scale;
+#pragma unroll
+    for (int i = 0; i < 32; i++) decay[i] = 1.0f;
+#pragma unroll
+    for (int block = BLOCKS - 1; block >= 0; block--) {
+        if (block > warp) continue;
+        decay_block(&decay[8 * block], block, warp, lane, d, inside, head, e1, e2);
+    }
     wgmma_wait<0>();
     wgmma_settle(qk);
     if (free) mbarrier_wait(free, phase);
     __syncwarp();
 #pragma unroll
-    for (int block = BLOCKS - 1; block >= 0; block--) {
+    for (int block = 0; block < BLOCKS; block++) {
+        if (block > warp) break;
         float *value = &qk[8 * block];
-        if (block > warp) continue;
-        decay_block(value, block, warp, lane, d, inside, head, e1, e2);
-        store_tile_block(to, warp, block, lane, value);
-    }
-}
-
-/* T below its diagonal from the triangle of blocks to a tile. */
-static __device__ __forceinline__ void spread_triangle(const uint8_t *t, Tile *to, int thread) {
+        const float *by = &decay[8 * block];
 #pragma unroll
-    for (int i = 0; i < 3; i++) {
-        const int unit = thread + i * WARPGROUP, block = unit / 32; /* a row of 16 bytes of an 8 x 8 tile */
-        if (block >= 10) break;
-        const int column = block < 4 ? 0 : block < 7 ? 1 : block < 9 ? 2 : 3, row = block - column * (9 - column) / 2 + column;
-        const int r = BLOCK * row + unit / 16 % 2 * 8 + unit % 8, u = 2 * column + unit / 8 % 2;
-        *(uint4 *)(to->bytes + r * 128 + ((u ^ (r % 8)) * 16)) = *(const uint4 *)(t + unit * 16);
+        for (int e = 0; e < 8; e++) value[e] *= by[e];
+        if (block == warp) {
+#pragma unroll
+            for (int e = 0; e < 8; e++) /* above the diagonal, where the decay is zero, the product may be NaN */
+                if (by[e] == 0.0f) value[e] = 0.0f;
+        }
+        store_tile_block(to, warp, block, lane, value);
     }
 }
 
@@ -63,7 +65,7 @@ static __device__ __forceinline__ void clear_part(ChainShared &s, int slot, int 
     __syncwarp();
 }
 
-/* P and T of number i lie where those of i - 2 were, which the state uses up to the end of that chunk. */
+/* P of number i lies where that of i - 2 was, which the state uses up to the end of that chunk. */
 static __device__ void run_scores(const fqla__backward_params &p, ChainShared &s, int block_thread) {
     const int numbers = uniform(s.chain.numbers), part = uniform(s.chain.part), valid = s.chain.segment.len % CHUNK;
     const bool gradients = s.chain.way == GRADIENTS;
@@ -78,11 +80,8 @@ static __device__ void run_scores(const fqla__backward_params &p, ChainShared &s
         __syncwarp();
         make_scores(in.prepared.factors, units + offsetof(GradientsSlot, q) / 16, units, &s.p[out.slot], p.power,
                     number >= RINGS ? &s.free[before.slot] : NULL, before.phase, warp, lane);
-        fence_proxy_async(); /* it goes to wgmma, and T too */
-        arrive_warp(&s.p_full[out.slot], lane);
-        spread_triangle(in.prepared.t, &s.t[out.slot], thread);
-        fence_proxy_async();
-        arrive_warp(&s.t_full[out.slot], lane);
+        fence_proxy_async(); /* it goes to wgmma */
+        arrive_warp(&s.pt_full[out.slot], lane);
         ring_next<SLOTS>(ring);
         ring_next<SLOTS>(before);
         ring_next<RINGS>(out);

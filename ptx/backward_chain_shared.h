@@ -10,7 +10,7 @@
 
 enum { STATE, SCORES, COPIES, ROLES };
 static_assert(FQLA__CHAINS_THREADS == ROLES * WARPGROUP, "a warpgroup a role");
-enum { SLOTS = 3, RINGS = 2, STATE_WARPS = WARPGROUP / WARP };
+enum { SLOTS = 3, RINGS = 2, STATE_WARPS = WARPGROUP / WARP, SPREADERS = 2 * WARP };
 
 /* What a chunk brings to the states and the transitions: 34 KB */
 typedef struct __align__(1024) StatesSlot {
@@ -46,10 +46,8 @@ typedef struct __align__(1024) ChainShared {
     Chain chain;
     int32_t idle;              /* nothing to do */
     uint64_t full[SLOTS];      /* copy engine, or for the chunk that is not whole scores -> scores, state */
-    uint64_t half_free[SLOTS]; /* state -> copies: GRADIENTS: q and dO are used; half a chunk later */
     uint64_t free[SLOTS];      /* state -> copies, scores: the chunk is used */
-    uint64_t p_full[RINGS];    /* scores -> state: P is there; */
-    uint64_t t_full[RINGS];    /* T */
+    uint64_t pt_full[RINGS];   /* scores, copies -> state: P and T are there, and a place for what leaves */
     uint64_t out_full[RINGS];  /* state -> copies */
     uint64_t out_free[RINGS];  /* copies -> state: the copy engine has read it */
     uint64_t part_full;        /* copy engine -> scores: the chunk that is not whole, whose rows past its end become zeros */

@@ -1,17 +1,24 @@
 /* The state's warpgroup of backward_chains: S^T or dS^T, 64 x 128, float32 in registers, its 16-bit copy the left operand, as in
-   state.h. What a step needs from others it waits for while its products run. */
+   state.h. What a step needs from others it waits for while its products run; the next chunk's K S0 or K dS1 is issued as soon as the
+   state is there, after the last one's once more, of whatever lies in the slot, and not used. */
 #ifndef FLASHQLA_BACKWARD_CHAIN_STATE_H
 #define FLASHQLA_BACKWARD_CHAIN_STATE_H
 
 #include "backward_chain_shared.h"
 #include "state.h"
 
+/* Where a lane's row of 8 x 8 tiles of a left operand's first 16 columns lies in a tile with rows v, in bytes. */
+static __device__ __forceinline__ uint32_t operand_place(int warp, int lane) {
+    const int row = BLOCK * warp + lane / 8 % 2 * 8 + lane % 8;
+    return (uint32_t)renewed(row * 128 + ((lane / 16 ^ row % 8) * 16));
+}
+
 /* The state's 16-bit copy, whose registers are a left operand, as two tiles with rows v. */
-static __device__ __forceinline__ void stage_state(const uint32_t (&state)[32], Tile *tiles, int warp, int lane) {
+static __device__ __forceinline__ void stage_state(const uint32_t (&state)[32], Tile *tiles, uint32_t place) {
 #pragma unroll
     for (int step = 0; step < DIM / 16; step++) {
-        const uint32_t *a = &state[4 * step]; /* (upper, left), (lower, left), (upper, right), (lower, right) */
-        store_tiles(tile_block_address(&tiles[step / 4], warp, step % 4, lane), a[0], a[2], a[1], a[3]);
+        const uint32_t *a = &state[4 * step];
+        store_tiles(shared_address(&tiles[step / 4]) + (place ^ step % 4 * 32), a[0], a[1], a[2], a[3]);
     }
 }
 
@@ -46,59 +53,69 @@ static __device__ __forceinline__ void start_state(const fqla__backward_params &
     }
 }
 
-/* Forwards; the transition, which has no v, too. */
+/* Forwards; the transition, which has no v, too. A chunk's products in the order in which they are issued, and what the warps do meanwhile:
+
+       K S0        V^T comes, S0's copy is staged
+       T W         the state is scaled
+       update      its operands are packed a step of 16 tokens ahead; Vn is staged */
 static __device__ void run_states(const fqla__backward_params &p, ChainShared &s, int thread) {
     const Chain &c = s.chain;
     const int numbers = uniform(c.numbers), silent = uniform(c.silent), lane = thread % WARP, warp = thread / WARP;
     const uint32_t first_slot = shared_units(s.states);
     const Lane place = find_lane(thread);
+    const uint32_t rows = operand_place(warp, lane);
     Ring ring = {0, 0}, ring_out = {0, 0};
     float state[64], ks[32];
-    uint32_t state16[32], w16[16], update16[16];
+    uint32_t state16[32];
 
     start_state(p, c, state, p.forward.h0, FQLA__CARRIED_H0, p.forward.states, thread);
+    pack_operand(state16, state);
     wait_chunk(s, ring, 0, numbers);
+#pragma unroll
+    for (int i = 0; i < 32; i++) ks[i] = 0.0f;
+    wgmma_fence();
+    multiply_rows_again(ks, state16, first_slot);
+    wgmma_commit();
     for (int number = 0; number < numbers; number++) {
         const uint32_t units = first_slot + ring.slot * (sizeof(StatesSlot) / 16);
         const StatesSlot &in = s.states[ring.slot];
         OutSlot &out = s.out[ring_out.slot];
         const Ring now = ring;
+        uint32_t v16[16], w16[16], update16[16];
         ring_next<SLOTS>(ring);
 
-        pack_operand(state16, state);
-        wgmma_fence();
-        multiply_rows(ks, state16, units);
-        wgmma_commit();
-        scale_state(state, in.factors.gamma_chunk);
+        load_v(v16, &in.v, place);
         if (number >= silent) {
             if (number >= silent + RINGS) mbarrier_wait(&s.out_free[ring_out.slot], ring_out.phase ^ 1);
-            stage_state(state16, out.state, warp, lane);
+            stage_state(state16, out.state, rows);
         }
         wgmma_wait<0>();
         wgmma_settle(ks);
-        subtract_from_v(ks, &in.v, in.factors.w, place);
-        pack_operand(w16, ks);
-        scale_columns(ks, in.factors.beta, place);
+        start_vn(ks, w16, v16, in.factors, place); /* w16 is W until Vn is there */
         wgmma_fence();
         multiply_square(ks, w16, units + offsetof(StatesSlot, t) / 16);
         wgmma_commit();
+        scale_state(state, in.factors.gamma_chunk);
         wgmma_wait<0>();
         wgmma_settle(ks);
-        pack_columns(w16, update16, ks, in.factors.update, place, 0, CHUNK / 8); /* w16 is Vn from here on */
-        wgmma_fence();
-        multiply_update(state, update16, units);
+        start_update(state, w16, update16, ks, in.factors.update, units, place);
         wgmma_commit();
         if (number >= silent) stage_rows(w16, &out.rows, place);
         wgmma_wait<0>();
         wgmma_settle(state);
         arrive_warp(&s.free[now.slot], lane);
+        pack_operand(state16, state);
+        wait_chunk(s, ring, number + 1, numbers);
+        wgmma_fence();
+        multiply_rows_again(ks, state16, first_slot + ring.slot * (sizeof(StatesSlot) / 16));
+        wgmma_commit();
         if (number >= silent) {
-            fence_proxy_async(); /* S0 and Vn go to the copy engine; here nothing is left to wait for */
+            fence_proxy_async(); /* S0 and Vn go to the copy engine */
             arrive_warp(&s.out_full[ring_out.slot], lane);
             ring_next<RINGS>(ring_out);
         }
-        wait_chunk(s, ring, number + 1, numbers);
     }
+    wgmma_wait<0>();
     if (c.keeps) {
         const int64_t kept = c.segment.kept * p.forward.heads_v + c.segment.head;
         if (c.way == TRANSITION) store_transition(state, &p.forward.transitions[kept], c.half, warp, lane);
@@ -143,18 +160,24 @@ static __device__ __forceinline__ void multiply_tile(float (&d)[32], const uint3
     for (int step = 0; step < CHUNK / 16; step++) wgmma_64x64_transposed(d, &a[4 * step], tile_descriptor(tile + step * 128, 0));
 }
 
-static __device__ __forceinline__ void multiply_tile_first(float (&d)[32], const uint32_t (&a)[16], uint32_t tile) {
-    wgmma_64x64_transposed_first(d, &a[0], tile_descriptor(tile, 0));
+static __device__ __forceinline__ void multiply_tile_again(float (&d)[32], const uint32_t (&a)[16], uint32_t tile) {
+    wgmma_64x64_transposed_again(d, &a[0], tile_descriptor(tile, 0));
 #pragma unroll
     for (int step = 1; step < CHUNK / 16; step++) wgmma_64x64_transposed(d, &a[4 * step], tile_descriptor(tile + step * 128, 0));
 }
 
+/* The factors of the lane's sixteen tokens: ahead of where they are used, since shared memory is far away. */
+static __device__ __forceinline__ void load_factors(float2 (&to)[8], const float *factors, const Lane &place) {
+#pragma unroll
+    for (int tile = 0; tile < CHUNK / 8; tile++) to[tile] = factors_of(factors, place, tile);
+}
+
 /* dVn = update KdS + P^T dO as a left operand, and beta dVn in place of KdS. */
-static __device__ __forceinline__ void make_dvn(uint32_t (&dvn16)[16], float (&ks)[32], const float (&po)[32],
-                                                const fqla__factors &factors, const Lane &place) {
+static __device__ __forceinline__ void make_dvn(uint32_t (&dvn16)[16], float (&ks)[32], const float (&po)[32], const float2 (&update)[8],
+                                                const float *betas, const Lane &place) {
 #pragma unroll
     for (int tile = 0; tile < CHUNK / 8; tile++) {
-        const float2 u = factors_of(factors.update, place, tile), beta = factors_of(factors.beta, place, tile);
+        const float2 u = update[tile], beta = factors_of(betas, place, tile);
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float *d = &ks[4 * tile + 2 * half];
@@ -166,18 +189,16 @@ static __device__ __forceinline__ void make_dvn(uint32_t (&dvn16)[16], float (&k
     }
 }
 
-/* Of dW: -w dW into the state, and dV = unit dW. */
-static __device__ __forceinline__ void split_dw(uint32_t (&wdw16)[16], uint32_t (&dv16)[16], const float (&dw)[32], const float *w,
-                                                float unit, const Lane &place) {
+/* dS0 -= K^T (w dW), 16 tokens as soon as their operand is packed. */
+static __device__ __forceinline__ void subtract_update(float (&state)[64], uint32_t (&wdw16)[16], const float (&dw)[32], const float2 (&w)[8],
+                                                       uint32_t k) {
 #pragma unroll
-    for (int tile = 0; tile < CHUNK / 8; tile++) {
-        const float2 factor = factors_of(w, place, tile);
+    for (int step = 0; step < CHUNK / 16; step++) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float low = dw[4 * tile + 2 * half], high = dw[4 * tile + 2 * half + 1];
-            wdw16[2 * tile + half] = pack_elements(-factor.x * low, -factor.y * high);
-            dv16[2 * tile + half] = pack_elements(unit * low, unit * high);
-        }
+        for (int i = 4 * step; i < 4 * step + 4; i++)
+            wdw16[i] = pack_elements(-w[i / 2].x * dw[2 * i], -w[i / 2].y * dw[2 * i + 1]);
+        wgmma_fence();
+        wgmma_64x128_transposed(state, &wdw16[4 * step], tile_descriptor(k + step * 128, TILE_UNITS));
     }
 }
 
@@ -192,85 +213,97 @@ static __device__ __forceinline__ void send_rows(const fqla__backward_params &p,
         *(uint4 *)(to + row * p.v_token) = *(const uint4 *)(tile->bytes + row * 128 + (((2 * warp + lane % 2) ^ (row % 8)) * 16));
 }
 
+/* A chunk's products in the order in which they are issued, and what the warps do meanwhile:
+
+       K dS1, P^T dO    the state is scaled, dS1's copy is staged, factors come
+       T^T dVn          dVn before it
+       Q's update       w dW
+       K's update       dV is staged, the next chunk is waited for, its dO comes and is multiplied by o */
 static __device__ void run_gradients(const fqla__backward_params &p, ChainShared &s, int thread) {
     const Chain &c = s.chain;
     const int numbers = uniform(c.numbers), silent = uniform(c.silent), part = uniform(c.part);
     const int lane = thread % WARP, warp = thread / WARP;
     const uint32_t first_slot = shared_units(s.gradients), first_p = shared_units(s.p), first_t = shared_units(s.t);
     const Lane place = find_lane(thread);
+    const uint32_t rows = operand_place(warp, lane);
     Ring ring = {0, 0}, ring_p = {0, 0}, ring_out = {0, 0};
     float state[64], ks[32], po[32];
-    uint32_t state16[32], do16[16], left16[16];
+    uint32_t state16[32], do16[16], odo16[16]; /* of the chunk: its dS1, dO and o dO */
 
     start_state(p, c, state, p.dht, FQLA__CARRIED_DHT, p.gradients, thread);
     if (c.from == FROM_GIVEN) scale_state(state, p.per_unit);
+    pack_operand(state16, state);
     wait_chunk(s, ring, 0, numbers);
+    load_columns(do16, &s.gradients[0].dout, place);
+    scale_operand<false>(odo16, do16, s.gradients[0].prepared.factors.o, p.power, place);
+#pragma unroll
+    for (int i = 0; i < 32; i++) ks[i] = po[i] = 0.0f;
+    wgmma_fence();
+    multiply_rows_again(ks, state16, first_slot);
+    wgmma_commit();
     for (int number = 0; number < numbers; number++) {
         const uint32_t units = first_slot + ring.slot * (sizeof(GradientsSlot) / 16);
-        const GradientsSlot &in = s.gradients[ring.slot];
-        const fqla__factors &factors = in.prepared.factors;
+        const fqla__factors &factors = s.gradients[ring.slot].prepared.factors;
         OutSlot &out = s.out[ring_out.slot];
         const Ring now = ring, now_p = ring_p;
-        uint32_t dv16[16];
+        uint32_t dvn16[16], wdw16[16], dv16[16];
+        float2 update[8], w[8];
         ring_next<SLOTS>(ring);
         ring_next<RINGS>(ring_p);
 
-        pack_operand(state16, state);
+        mbarrier_wait(&s.pt_full[now_p.slot], now_p.phase);
         wgmma_fence();
-        multiply_rows(ks, state16, units);
+        multiply_tile_again(po, do16, first_p + now_p.slot * TILE_UNITS);
         wgmma_commit();
-        load_columns(do16, &in.dout, place);
-        scale_operand<false>(left16, do16, factors.o, p.power, place);
         scale_state(state, factors.gamma_chunk);
-        wgmma_fence();
-        multiply_update(state, left16, units + offsetof(GradientsSlot, q) / 16);
-        wgmma_commit();
-        mbarrier_wait(&s.p_full[now_p.slot], now_p.phase);
-        wgmma_fence();
-        multiply_tile_first(po, do16, first_p + now_p.slot * TILE_UNITS);
-        wgmma_commit();
-        if (number >= silent) {
-            if (number >= silent + RINGS) mbarrier_wait(&s.out_free[ring_out.slot], ring_out.phase ^ 1);
-            stage_state(state16, out.state, warp, lane);
-        }
-        mbarrier_wait(&s.t_full[now_p.slot], now_p.phase);
+        if (number >= silent) stage_state(state16, out.state, rows);
+        load_factors(update, factors.update, place);
         wgmma_wait<0>();
         wgmma_settle(ks);
         wgmma_settle(po);
-        arrive_warp(&s.half_free[now.slot], lane);
-        uint32_t dvn16[16];
-        make_dvn(dvn16, ks, po, factors, place);
+        make_dvn(dvn16, ks, po, update, factors.beta, place);
         wgmma_fence();
         multiply_tile(ks, dvn16, first_t + now_p.slot * TILE_UNITS);
         wgmma_commit();
-        wgmma_wait<0>();
-        wgmma_settle(ks);
-        split_dw(left16, dv16, ks, factors.w, p.unit, place);
-        wgmma_fence();
-        multiply_update(state, left16, units);
+        multiply_update(state, odo16, units + offsetof(GradientsSlot, q) / 16);
         wgmma_commit();
+        load_factors(w, factors.w, place);
+        wgmma_wait<1>();
+        wgmma_settle(ks);
+        subtract_update(state, wdw16, ks, w, units);
+        wgmma_commit();
+#pragma unroll
+        for (int i = 0; i < 16; i++) dv16[i] = pack_elements(p.unit * ks[2 * i], p.unit * ks[2 * i + 1]);
         if (number >= silent) stage_rows(dv16, &out.rows, place);
+        wait_chunk(s, ring, number + 1, numbers);
+        load_columns(do16, &s.gradients[ring.slot].dout, place);
+        wgmma_wait<1>(); /* Q's update has read o dO */
+        scale_operand<false>(odo16, do16, s.gradients[ring.slot].prepared.factors.o, p.power, place);
         wgmma_wait<0>();
         wgmma_settle(state);
         arrive_warp(&s.free[now.slot], lane);
+        pack_operand(state16, state);
+        wgmma_fence();
+        multiply_rows_again(ks, state16, first_slot + ring.slot * (sizeof(GradientsSlot) / 16));
+        wgmma_commit();
         if (number >= silent) {
-            fence_proxy_async(); /* dS1 and dV go to the copy engine; here nothing is left to wait for */
+            fence_proxy_async(); /* dS1 and dV go to the copy engine */
             __syncwarp();
             if (__builtin_expect(number == part, 0)) send_rows(p, &out.rows, c, warp, lane);
             arrive_warp(&s.out_full[ring_out.slot], lane);
             ring_next<RINGS>(ring_out);
         }
-        wait_chunk(s, ring, number + 1, numbers);
     }
+    wgmma_wait<0>();
     if (c.keeps) {
         store_kept(state, &p.gradients[c.segment.kept * p.forward.heads_v + c.segment.head], c.half, thread);
     } else if (c.segment.index == 0 && p.dh0) {
         if (numbers > 0) { /* its slot is not refilled */
             const GradientsSlot &in = s.gradients[ring.slot == 0 ? SLOTS - 1 : ring.slot - 1];
             load_columns(do16, &in.dout, place);
-            scale_operand<true>(left16, do16, in.prepared.factors.o, p.power, place);
+            scale_operand<true>(odo16, do16, in.prepared.factors.o, p.power, place);
             wgmma_fence();
-            multiply_update(state, left16, shared_units(in.q));
+            multiply_update(state, odo16, shared_units(in.q));
             wgmma_commit();
             wgmma_wait<0>();
             wgmma_settle(state);

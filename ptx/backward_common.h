@@ -29,6 +29,13 @@ template <int number, int threads> static __device__ __forceinline__ void meet(v
     named_barrier<number, threads>();
 }
 
+/* Where fqla__backward_params.progress has what. */
+static __device__ __forceinline__ int32_t *taken_items(const fqla__backward_params &p) { return p.progress; }
+static __device__ __forceinline__ int32_t *is_exact(const fqla__backward_params &p, int head_qk) { return p.progress + 1 + head_qk; }
+static __device__ __forceinline__ int32_t *ended_chains(const fqla__backward_params &p, int64_t first_chunk, int head_qk) {
+    return p.progress + 1 + (first_chunk + 1) * p.forward.heads_qk + head_qk;
+}
+
 /* The v-heads that read a q/k head. */
 static __device__ __forceinline__ int group_head(const fqla__forward_params &p, int head_qk, int i) {
     return p.head_map == 0 ? head_qk * (p.heads_v / p.heads_qk) + i : i * p.heads_qk + head_qk;

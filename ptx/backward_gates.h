@@ -91,12 +91,13 @@ static __device__ __forceinline__ void finish_gates(const fqla__backward_params 
 }
 
 /* Step by step. */
-static __device__ void run_gates(const fqla__backward_params &p, GradientsShared &s, int items, int lane) {
-    const int heads = p.forward.heads_v / p.forward.heads_qk, steps = items * heads;
-    for (int n = 0; n < steps; n++) {
+static __device__ void run_gates(const fqla__backward_params &p, GradientsShared &s, int lane) {
+    const int heads = p.forward.heads_v / p.forward.heads_qk;
+    for (int n = 0;; n++) {
         mbarrier_wait(&s.sums_full[n % SUMS], n / SUMS % 2);
         __syncwarp();
         const Place &place = s.places[n / heads % PLACES];
+        if (place.valid == 0) return;
         finish_gates(p, s.sums[n % SUMS], place, group_head(p.forward, place.head_qk, n % heads), lane);
         arrive_warp(&s.sums_free[n % SUMS], lane);
     }

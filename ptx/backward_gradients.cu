@@ -1,6 +1,6 @@
 /* All of the backward that needs no other chunk: dq, dk, dg, dbeta of a chunk, after kernel backward_chains has left its S0, dS1,
    Vn and dV (dW in what follows). An item is a chunk of a q/k head: a block takes the v-heads that read it one after the other, a
-   step each, then the next item, a grid further on. There are as many blocks as multiprocessors, so that the next item's loads are
+   step each, then the next item that no block has taken. There are as many blocks as multiprocessors, so that the next item's loads are
    under way while this one's results leave.
 
    The maths: backward_rows.h and backward_scores.h. Per v-head, 1U = a 64 x 128 x 128 product = 512 tensor cycles:
@@ -41,6 +41,22 @@ static_assert(2 * ROWS_REGISTERS + SCORES_REGISTERS + HELPERS_REGISTERS <= ROLES
 static_assert(ROWS_REGISTERS >= START_REGISTERS && SCORES_REGISTERS >= START_REGISTERS && HELPERS_REGISTERS <= START_REGISTERS,
               "setmaxnreg.inc to fewer, or .dec to more, is an illegal instruction");
 
+static __device__ __forceinline__ void run_role(const fqla__backward_params &p, GradientsShared &s, int thread) {
+    const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
+    if (role == HELPERS) {
+        shrink_registers<HELPERS_REGISTERS>();
+        const int warp = thread % WARPGROUP / WARP;
+        if (warp == GATES_WARP) run_gates(p, s, thread % WARP);
+        else if (warp == LOADS_WARP) run_loads(p, s, thread % WARP);
+    } else if (role == SCORES) {
+        grow_registers<SCORES_REGISTERS>();
+        run_scores(p, s, thread % WARPGROUP);
+    } else {
+        grow_registers<ROWS_REGISTERS>();
+        run_rows(p, s, thread % WARPGROUP, role == KEYS);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
 #if defined(FLASHQLA_ELEMENT_BF16)
     backward_gradients_bf16(const __grid_constant__ fqla__aligned_backward_params params)
@@ -49,7 +65,6 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
 #endif
 {
     const fqla__backward_params &p = params.values;
-    const fqla__forward_params &f = p.forward;
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     GradientsShared &s = *(GradientsShared *)shared_bytes;
     const int thread = (int)threadIdx.x;
@@ -79,22 +94,8 @@ extern "C" __global__ void __launch_bounds__(FQLA__GRADIENTS_THREADS, 1)
     fence_proxy_async();
     grid_launch_dependents();
 
-    const int items = count_items(f);
     __syncthreads();
-    if (thread / WARP != PRODUCERS_WARPS + LOADS_WARP) grid_wait(); /* that one does when it needs what the kernels before leave */
-    if (items <= 0) return;
-
-    const int role = __shfl_sync(0xffffffffu, thread / WARPGROUP, 0);
-    if (role == HELPERS) {
-        shrink_registers<HELPERS_REGISTERS>();
-        const int warp = thread % WARPGROUP / WARP;
-        if (warp == GATES_WARP) run_gates(p, s, items, thread % WARP);
-        else if (warp == LOADS_WARP) run_loads(p, s, items, thread % WARP);
-    } else if (role == SCORES) {
-        grow_registers<SCORES_REGISTERS>();
-        run_scores(p, s, items, thread % WARPGROUP);
-    } else {
-        grow_registers<ROWS_REGISTERS>();
-        run_rows(p, s, items, thread % WARPGROUP, role == KEYS);
-    }
+    if (thread / WARP != PRODUCERS_WARPS + LOADS_WARP && !p.overlaps) grid_wait(); /* that one does when it needs what the kernels before leave */
+    run_role(p, s, thread);
+    if (blockIdx.x == 0) grid_wait(); /* the next kernel takes this one's end for that of all before it */
 }

@@ -1,32 +1,36 @@
-/* The loads of backward_gradients, by a warp of its own, so that no producer waits for a place: it finds out where items lie, two
-   ahead, and one thread has the copy engine bring what the producers have made room for. */
+/* The loads of backward_gradients, by a warp of its own, so that no producer waits for a place: it takes items and finds out where they
+   lie, as late as their loads allow, and one thread has the copy engine bring what the producers have made room for. */
 #ifndef FLASHQLA_BACKWARD_LOADS_H
 #define FLASHQLA_BACKWARD_LOADS_H
 
 #include "backward_shared.h"
 #include "grid.h"
 
-/* Step n's first part, where there is such a step: v-head h of an item, h counted on into the next. */
-static __device__ __forceinline__ void load_first(const fqla__backward_params &p, GradientsShared &s, int item, int items, int h,
-                                                  int n) {
+/* Step n's first part: v-head h of the block's item, h counted on into the next. Where passes overlap, once the chains of all of the item's
+   v-heads have ended. Where there is no item, word of that. */
+static __device__ __forceinline__ void load_first(const fqla__backward_params &p, GradientsShared &s, int item, int h, int n) {
     const int heads = p.forward.heads_v / p.forward.heads_qk;
     if (h >= heads) h -= heads, item++;
-    if (item >= items) return;
     const Place &place = s.places[item % PLACES];
-    const int64_t entry = place.number * p.forward.heads_v + group_head(p.forward, place.head_qk, h);
     uint64_t *full = &s.first_full[n % 2];
+    if (place.valid == 0) {
+        if (h == 0) mbarrier_arrive(full);
+        return;
+    }
+    if (p.overlaps && h == 0) wait_count(ended_chains(p, place.segment, place.head_qk), 4 * heads);
+    const int64_t entry = place.number * p.forward.heads_v + group_head(p.forward, place.head_qk, h);
     mbarrier_arrive_expect(full, sizeof(FirstPart) + sizeof(fqla__factors));
     bulk_load(&s.first[n % 2], p.chunks[entry].ds, sizeof(FirstPart), full);
     bulk_load(&s.factors[n % 3], &p.forward.prepared[entry].factors, sizeof(fqla__factors), full);
 }
 
 /* Its second. */
-static __device__ __forceinline__ void load_second(const fqla__backward_params &p, GradientsShared &s, int item, int items, int h) {
+static __device__ __forceinline__ void load_second(const fqla__backward_params &p, GradientsShared &s, int item, int h) {
     const int heads = p.forward.heads_v / p.forward.heads_qk;
     if (h >= heads) h -= heads, item++;
-    if (item >= items) return;
     const Place &place = s.places[item % PLACES];
     const int head = group_head(p.forward, place.head_qk, h);
+    if (place.valid == 0) return;
     mbarrier_arrive_expect(&s.second_full, sizeof(SecondPart));
     bulk_load(s.second.s, p.chunks[place.number * p.forward.heads_v + head].s, sizeof s.second.s, &s.second_full);
     for (int half = 0; half < 2; half++) {
@@ -36,6 +40,7 @@ static __device__ __forceinline__ void load_second(const fqla__backward_params &
 }
 
 static __device__ __forceinline__ void load_chunk_rows(const fqla__backward_params &p, GradientsShared &s, const Place &place) {
+    if (place.valid == 0) return;
     mbarrier_arrive_expect(&s.k_full, sizeof s.k);
     for (int half = 0; half < 2; half++)
         tma_load(&s.k[half], &p.forward.k, half * FQLA__LOAD_COLUMNS, (int32_t)place.row, place.head_qk, &s.k_full);
@@ -55,39 +60,43 @@ static __device__ __forceinline__ void send_gradients(const fqla__backward_param
     bulk_store_wait<0>();
 }
 
-static __device__ __forceinline__ void find_item(const fqla__forward_params &f, GradientsShared &s, int item, int items, int lane) {
-    if (item >= items) return;
-    const Place place = find_place(f, item, lane);
+/* The block's item number `item`; after one that is none there are no more. */
+static __device__ __forceinline__ void find_item(const fqla__backward_params &p, GradientsShared &s, int item, int lane) {
+    int32_t number = (int32_t)blockIdx.x;
+    if (item > 0 && lane == 0) number = (int32_t)gridDim.x + take_number(taken_items(p));
+    const Place place = find_place(p, __shfl_sync(0xffffffffu, number, 0), lane);
     if (lane == 0) s.places[item % PLACES] = place;
     __syncwarp();
 }
 
-static __device__ void run_loads(const fqla__backward_params &p, GradientsShared &s, int items, int lane) {
-    const int heads = p.forward.heads_v / p.forward.heads_qk;
-    find_item(p.forward, s, 0, items, lane);
-    find_item(p.forward, s, 1, items, lane);
-    grid_wait();
+static __device__ void run_loads(const fqla__backward_params &p, GradientsShared &s, int lane) {
+    const int heads = p.forward.heads_v / p.forward.heads_qk, ahead = heads > 1 ? 1 : 2; /* items whose loads begin during one */
+    find_item(p, s, 0, lane);
+    if (!p.overlaps) grid_wait();
+    if (ahead > 1) find_item(p, s, 1, lane);
     if (lane == 0) {
         load_chunk_rows(p, s, s.places[0]);
-        load_first(p, s, 0, items, 0, 0);
-        load_second(p, s, 0, items, 0);
-        load_first(p, s, 0, items, 1, 1);
+        load_first(p, s, 0, 0, 0);
+        load_second(p, s, 0, 0);
+        if (s.places[0].valid > 0) load_first(p, s, 0, 1, 1);
     }
-    for (int item = 0, n = 0; item < items; item++) {
+    for (int item = 0, n = 0; s.places[item % PLACES].valid > 0; item++) {
         __syncwarp();
-        find_item(p.forward, s, item + 2, items, lane);
-        if (lane > 0) continue;
-        for (int h = 0; h < heads; h++, n++) {
-            mbarrier_wait(&s.second_used, n % 2);
-            load_second(p, s, item, items, h + 1);
-            mbarrier_wait(&s.first_used[n % 2], n / 2 % 2);
-            if (h + 1 < heads) load_first(p, s, item, items, h + 2, n + 2);
+        find_item(p, s, item + ahead, lane);
+        if (lane == 0) {
+            for (int h = 0; h < heads; h++) {
+                mbarrier_wait(&s.second_used, (n + h) % 2);
+                load_second(p, s, item, h + 1);
+                mbarrier_wait(&s.first_used[(n + h) % 2], (n + h) / 2 % 2);
+                if (h + 1 < heads) load_first(p, s, item, h + 2, n + h + 2);
+            }
+            mbarrier_wait(&s.qk_free, item % 2);
+            load_chunk_rows(p, s, s.places[(item + 1) % PLACES]);
+            mbarrier_wait(&s.gradients_full[item % 2], item / 2 % 2);
+            send_gradients(p, s.first[(n + heads - 1) % 2], s.places[item % PLACES]);
+            if (s.places[(item + 1) % PLACES].valid > 0) load_first(p, s, item + 1, 1, n + heads + 1);
         }
-        mbarrier_wait(&s.qk_free, item % 2);
-        if (item + 1 < items) load_chunk_rows(p, s, s.places[(item + 1) % PLACES]);
-        mbarrier_wait(&s.gradients_full[item % 2], item / 2 % 2);
-        send_gradients(p, s.first[(n - 1) % 2], s.places[item % PLACES]);
-        load_first(p, s, item + 1, items, 1, n + 1);
+        n += heads;
     }
 }
 

@@ -131,14 +131,15 @@ static __device__ __forceinline__ void leave_gradient(const fqla__backward_param
 /* QUERIES, or KEYS: the same loop over products, of a v-head the one by S0, KEYS' by dS1, that of the chunk. The same instructions, too:
    of roles with code of their own, 4000 instructions a step, a warp waited for instructions a third of the time (LADDER.md, backward
    18). */
-static __device__ void run_rows(const fqla__backward_params &p, GradientsShared &s, int items, int thread, bool keys) {
+static __device__ void run_rows(const fqla__backward_params &p, GradientsShared &s, int thread, bool keys) {
     const int warp = thread / WARP, lane = thread % WARP, row = BLOCK * warp + lane / 4;
     const int heads = p.forward.heads_v / p.forward.heads_qk, products = keys ? 3 : 2;
     const Tile *rows = keys ? s.k : s.q;
     float sum[64], product[64], dot[2];
     int n = 0, clears = 0;
-    for (int item = 0; item < items; item++) {
+    for (int item = 0;; item++) {
         const Place &place = wait_place(s, item, n, clears);
+        if (place.valid == 0) break;
 #pragma unroll
         for (int i = 0; i < 64; i++) sum[i] = 0.0f;
         for (int h = 0; h < heads; h++, n++) {
@@ -190,6 +191,7 @@ static __device__ void run_rows(const fqla__backward_params &p, GradientsShared 
         }
         leave_gradient(p, s, sum, item, n - 1, place, thread, keys);
     }
+    end_sums(s, n, lane);
 }
 
 #endif

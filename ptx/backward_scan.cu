@@ -3,7 +3,6 @@
    where that is exact (backward_segment.h). Step f is segment f forwards and `segments` - 1 - f backwards. The maths and the shared
    memory: scan_step.h. The first step starts from what the first pass has had: it is not asked for. */
 #include "../src/cuda_backward_params.h"
-#include "grid.h"
 #include "scan_step.h"
 
 extern "C" __global__ void __launch_bounds__(FQLA__SCAN_THREADS, 1)
@@ -24,10 +23,9 @@ extern "C" __global__ void __launch_bounds__(FQLA__SCAN_THREADS, 1)
         const int quarter = (int)(task / 2 % QUARTERS);
         Segment segment;
         find_segment(f, number, (int)(task / PARTS % f.heads_v), false, &segment);
-        grid_wait();
-        if (task % 2 == 1) scan_quarter<true>(f, s, p.gradients, segment, number, quarter, false, ring, thread);
-        else scan_quarter<false>(f, s, f.states, segment, number, quarter, false, ring, thread);
+        if (task % 2 == 1) scan_quarter<true, true>(f, s, p.gradients, segment, number, quarter, false, ring, thread);
+        else scan_quarter<false, true>(f, s, f.states, segment, number, quarter, false, ring, thread);
         __syncthreads();
     }
-    grid_wait(); /* without a task too: the next kernel takes this one's end for that of all before it */
+    if (blockIdx.x == 0) grid_wait(); /* without a task too: the next kernel takes this one's end for that of all before it */
 }

@@ -165,11 +165,12 @@ static __device__ __forceinline__ void make_norms(GradientsShared &s, int valid,
 }
 
 /* q and k of an item come late, when the one before no longer needs theirs; dP and dKK do without them. */
-static __device__ void run_scores(const fqla__backward_params &p, GradientsShared &s, int items, int block_thread) {
+static __device__ void run_scores(const fqla__backward_params &p, GradientsShared &s, int block_thread) {
     const int heads = p.forward.heads_v / p.forward.heads_qk;
     int n = 0, clears = 0;
-    for (int item = 0; item < items; item++) {
+    for (int item = 0;; item++) {
         const Place &place = wait_place(s, item, n, clears);
+        if (place.valid == 0) break;
         if (p.forward.l2norm) {
             mbarrier_wait(&s.q_full, item % 2);
             mbarrier_wait(&s.k_full, item % 2);
@@ -210,6 +211,7 @@ static __device__ void run_scores(const fqla__backward_params &p, GradientsShare
             arrive_warp(&s.sums_full[n % SUMS], lane);
         }
     }
+    end_sums(s, n, block_thread % WARP);
 }
 
 #endif

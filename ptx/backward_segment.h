@@ -41,20 +41,26 @@ static __device__ __forceinline__ int chunk_of(const Chain &c, int number) {
     return c.way == GRADIENTS ? c.start - number : c.start + number;
 }
 
-/* What block `block` does; false: nothing. By a whole warp, which waits for the kernels before once it needs them. */
+/* What block `block` does; false: nothing. By a whole warp, which waits for the kernels before once it needs them.
+
+   The blocks in sections, those that take longest first: the first pass has gradients, states, transitions; the main pass gradients,
+   states; where it overlaps the first it has gradients from zero or from dht, from what was kept, states from what was kept, from zero or
+   from h0. Those from what was kept hold their multiprocessors while they wait, so that they begin as soon as they can: the whole waits
+   for them. */
 static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p, uint32_t block, uint32_t blocks, int lane,
                                                   Chain *c) {
     const fqla__forward_params &f = p.forward;
     const bool first_pass = p.first_pass != 0;
-    const bool carries = p.carry != NULL;
-    const uint32_t of_a_way = blocks / (first_pass ? WAYS : carries ? 1 : 2), rest = block % of_a_way, parts = (uint32_t)f.heads_v * HALVES;
+    const bool carries = p.carry != NULL, overlaps = p.overlaps != 0;
+    const uint32_t of_a_way = blocks / (first_pass ? WAYS : carries ? 1 : overlaps ? 4 : 2), section = block / of_a_way;
+    const uint32_t rest = block % of_a_way, parts = (uint32_t)f.heads_v * HALVES;
     const int64_t number = rest / parts;
     Segment &segment = c->segment;
-    c->way = carries ? STATES : block / of_a_way == 0 ? GRADIENTS : block / of_a_way == 1 ? STATES : TRANSITION; /* those that take longest first */
+    c->way = carries ? STATES : section == 0 || (overlaps && section == 1) ? GRADIENTS : first_pass && section == 2 ? TRANSITION : STATES;
     c->half = (int32_t)(rest % HALVES);
     if (number >= (first_pass ? f.table->kept : f.table->segments)) return false;
     find_segment(f, number, (int)(rest % parts / HALVES), false, &segment);
-    grid_wait();
+    if (!overlaps) grid_wait();
     const fqla__device_sequence *sequences = (const fqla__device_sequence *)(f.table + 1);
     const fqla__device_segment *segments = (const fqla__device_segment *)(sequences + f.table->num_seqs);
     c->entry = segments[number].sequence * (int64_t)f.heads_v + segment.head;
@@ -86,6 +92,7 @@ static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p
         c->start = segment.first - warm;
         c->numbers = segment.end - c->start;
     }
+    if (overlaps && (c->from == FROM_KEPT) != (section == 1 || section == 2)) return false;
     c->silent = first_pass || carries ? c->numbers : warm;
     const int part = segment.len / CHUNK, part_number = c->way == GRADIENTS ? c->start - part : part - c->start;
     c->part = segment.len % CHUNK > 0 && part_number >= 0 && part_number < c->numbers ? part_number : -1;

@@ -3,38 +3,49 @@
 #define FLASHQLA_BACKWARD_SHARED_H
 
 #include "backward_common.h"
+#include "progress.h"
 
 enum { QUERIES, KEYS, SCORES, HELPERS, ROLES };
 static_assert(FQLA__GRADIENTS_THREADS == ROLES * WARPGROUP, "a warpgroup a role");
 enum { PRODUCERS = HELPERS * WARPGROUP, PRODUCERS_WARPS = PRODUCERS / WARP }; /* the three that multiply */
 enum { GATES_WARP, LOADS_WARP }; /* of HELPERS; its other two warps end: setmaxnreg goes by warpgroups */
 
-/* An item of a block's work: a chunk of a q/k head. A block takes those of numbers blockIdx.x, blockIdx.x + gridDim.x ... */
+/* An item of a block's work: a chunk of a q/k head. A block's first is that of its number, the others it takes as it gets to them. */
 typedef struct Place {
-    int64_t row;    /* its first row */
-    int64_t number; /* in the batch */
-    int32_t valid;  /* tokens; the rest of the 64 rows is another sequence's */
+    int64_t row;     /* its first row */
+    int64_t number;  /* in the batch */
+    int64_t segment; /* the number of its segment's first chunk */
+    int32_t valid;   /* tokens; the rest of the 64 rows is another sequence's. 0: there is no item, and the block's work is done */
     int32_t head_qk;
 } Place;
 
 enum { PLACES = 8, SUMS = 3 };
 
-static __device__ __forceinline__ int count_items(const fqla__forward_params &f) {
-    const int64_t items = f.table->chunks * f.heads_qk;
-    return (int)((items + gridDim.x - 1 - blockIdx.x) / gridDim.x);
+/* The rank-th q/k head, those first whose v-heads wait for nothing in the first pass. By a whole warp. */
+static __device__ __forceinline__ int ranked_head(const fqla__backward_params &p, int rank, int lane) {
+    for (int late = 0; late < 2; late++)
+        for (int first = 0; first < p.forward.heads_qk; first += WARP) {
+            const bool is = first + lane < p.forward.heads_qk && load_count(is_exact(p, first + lane)) == late;
+            uint32_t those = __ballot_sync(0xffffffffu, is);
+            for (; those != 0; those &= those - 1, rank--)
+                if (rank == 0) return first + __ffs((int)those) - 1;
+        }
+    return 0;
 }
 
-/* The block's item number `item`. By a whole warp. */
-static __device__ __forceinline__ Place find_place(const fqla__forward_params &f, int item, int lane) {
-    const int64_t number = blockIdx.x + (int64_t)item * gridDim.x;
+/* Of an item of all of the blocks'. By a whole warp. */
+static __device__ __forceinline__ Place find_place(const fqla__backward_params &p, int64_t item, int lane) {
+    const fqla__forward_params &f = p.forward;
     const fqla__device_sequence *sequences = (const fqla__device_sequence *)(f.table + 1);
-    Place place;
-    place.number = number / f.heads_qk;
-    place.head_qk = (int32_t)(number % f.heads_qk);
+    Place place = {0, 0, 0, 0, 0};
+    if (item >= f.table->chunks * f.heads_qk) return place;
+    place.number = p.overlaps ? item % f.table->chunks : item / f.heads_qk;
+    place.head_qk = p.overlaps ? ranked_head(p, (int)(item / f.table->chunks), lane) : (int)(item % f.heads_qk);
     const fqla__device_sequence sequence = sequences[find_sequence(sequences, f.table->num_seqs, place.number, lane)];
-    const int64_t in_sequence = (place.number - sequence.chunk) * CHUNK;
-    place.row = sequence.row + in_sequence;
-    place.valid = (int32_t)min((int64_t)CHUNK, sequence.len - in_sequence);
+    const int64_t in_sequence = place.number - sequence.chunk;
+    place.row = sequence.row + in_sequence * CHUNK;
+    place.segment = sequence.chunk + (sequence.kept >= 0 ? in_sequence - in_sequence % f.table->segment_chunks : 0);
+    place.valid = (int32_t)min((int64_t)CHUNK, sequence.len - in_sequence * CHUNK);
     return place;
 }
 
@@ -74,7 +85,7 @@ typedef struct __align__(1024) GradientsShared {
     float square_q[CHUNK], square_k[CHUNK]; /* rq_i^2, r_i^2; with l2norm alone, as the next */
     float ratio[CHUNK];         /* r_i / rq_i */
     float tiny_n[CHUNK], tiny_p[CHUNK], tiny_sum[4];
-    Place places[PLACES];       /* item i in i % 8: two items ahead, and HELPERS up to three steps behind */
+    Place places[PLACES];       /* the block's item i in i % 8: up to two ahead, and HELPERS up to three steps behind */
     uint64_t q_full, k_full, first_full[2], second_full; /* copy engine -> producers */
     uint64_t cleared;           /* producers -> producers: the rows past a sequence's end are zeros */
     uint64_t qk_free;           /* producers -> HELPERS: q and k may be overwritten */
@@ -108,12 +119,12 @@ static __device__ __forceinline__ void meet_cleared(GradientsShared &s, int &cle
     __syncwarp();
 }
 
-/* An item's place, which is there with the first part of its first step, n. Rows past the end of q and k are made zeros, by every
-   producer, before anything else of such an item. */
+/* An item's place, which is there with the first part of its first step, n; after the last item one without tokens. Rows past the end of
+   q and k are made zeros, by every producer, before anything else of such an item. */
 static __device__ __forceinline__ const Place &wait_place(GradientsShared &s, int item, int n, int &clears) {
     const Place &place = s.places[item % PLACES];
     mbarrier_wait(&s.first_full[n % 2], n / 2 % 2);
-    if (place.valid < CHUNK) {
+    if (place.valid > 0 && place.valid < CHUNK) {
         mbarrier_wait(&s.q_full, item % 2);
         mbarrier_wait(&s.k_full, item % 2);
         for (int i = 0; i < 4; i++) clear_tile_rows(&s.q[0] + i, place.valid, (int)threadIdx.x, PRODUCERS); /* q, k */
@@ -138,6 +149,12 @@ static __device__ __forceinline__ void wait_second(GradientsShared &s, const Pla
 static __device__ __forceinline__ void wait_sums(GradientsShared &s, int n) {
     if (n >= SUMS) mbarrier_wait(&s.sums_free[n % SUMS], (n / SUMS - 1) % 2);
     __syncwarp();
+}
+
+/* There is no step n: HELPERS, who wait for its sums, are told. */
+static __device__ __forceinline__ void end_sums(GradientsShared &s, int n, int lane) {
+    wait_sums(s, n);
+    arrive_warp(&s.sums_full[n % SUMS], lane);
 }
 
 #endif

@@ -17,6 +17,13 @@ static __device__ __forceinline__ float log2_fast(float x) {
     return y;
 }
 
+/* Of a clock that all multiprocessors share. */
+static __device__ __forceinline__ uint64_t nanoseconds(void) {
+    uint64_t time;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(time)::"memory");
+    return time;
+}
+
 /* A value that the compiler takes for a new one: what is computed from it inside a loop stays inside, rather than occupying registers
    for the whole loop. */
 static __device__ __forceinline__ int renewed(int value) {

@@ -3,7 +3,6 @@
    and the shared memory: scan_step.h.
 
    h0 is copied here, since the forward's last segment may write ht over it before the first has started. */
-#include "grid.h"
 #include "scan_step.h"
 
 extern "C" __global__ void __launch_bounds__(FQLA__SCAN_THREADS, 1) scan(const __grid_constant__ fqla__aligned_params params) {
@@ -22,7 +21,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__SCAN_THREADS, 1) scan(const _
         Segment segment;
         find_segment(p, number, (int)(task / QUARTERS % p.heads_v), false, &segment);
         grid_wait();
-        if (!segment.padding) scan_quarter<false>(p, s, p.states, segment, number, (int)(task % QUARTERS), true, ring, thread);
+        if (!segment.padding) scan_quarter<false, false>(p, s, p.states, segment, number, (int)(task % QUARTERS), true, ring, thread);
         __syncthreads();
     }
     grid_wait(); /* without a task too: the next kernel takes this one's end for that of all before it */

@@ -14,6 +14,7 @@
 #ifndef FLASHQLA_SCAN_STEP_H
 #define FLASHQLA_SCAN_STEP_H
 
+#include "grid.h"
 #include "ring.h"
 #include "segment.h"
 
@@ -206,8 +207,9 @@ static __device__ __forceinline__ void load_given(const fqla__forward_params &p,
 }
 
 /* A quarter of a sequence's v-head. number: its first segment's; states: theirs or their gradients'; from_h0: the first step starts from
-   h0, which is kept, else from what is not asked for. By all threads, before which and after which the block meets. */
-template <bool reverse>
+   h0, which is kept, else from what is not asked for; waits: for the kernel before, once it is known that there is something to do.
+   By all threads, before which and after which the block meets. */
+template <bool reverse, bool waits>
 static __device__ __forceinline__ void scan_quarter(const fqla__forward_params &p, ScanShared &s, fqla__kept_state *states,
                                                     const Segment &segment, int64_t number, int quarter, bool from_h0, Ring &ring,
                                                     int thread) {
@@ -221,6 +223,10 @@ static __device__ __forceinline__ void scan_quarter(const fqla__forward_params &
     __syncthreads();
     const Steps steps = {&states[first], &p.transitions[first], reverse ? -p.heads_v : p.heads_v, exact_steps(s, segments, lane), segments,
                          quarter};
+    if (waits) {
+        if (steps.exact == 0) return;
+        grid_wait();
+    }
     if (warp == LOADER_WARP) {
         if (lane == 0) load_steps(s, steps, ring);
         return;

@@ -47,6 +47,9 @@ template <int pending> static __device__ __forceinline__ void bulk_store_wait(vo
     asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(pending) : "memory");
 }
 
+/* Wait until all of this thread's stores are in memory. */
+static __device__ __forceinline__ void bulk_store_landed(void) { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 /* Between ordinary writes to shared memory and the copy engine's or wgmma's reads of it. */
 static __device__ __forceinline__ void fence_proxy_async(void) { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -13,11 +13,16 @@ static int64_t fqla__cuda_backward_kept(const fqla_plan *plan) {
     return plan->cuda.backward.extra_segments + fqla__cuda_backward_cut(plan);
 }
 
+/* Of fqla__backward_params.progress. */
+static size_t fqla__backward_counts(const fqla_plan *plan) {
+    return 1 + ((size_t)fqla__cuda_max_chunks(&plan->desc) + 1) * (size_t)plan->desc.heads_qk;
+}
+
 /* The workspace: what kernel prepare makes where a forward has left no residuals, but in a plan that needs them; the chunks' states;
-   what segments start from, forwards and backwards, and their transitions; the raw gates' sums. In a low_memory plan the first two are a window's; the next a
+   what segments start from, forwards and backwards, and their transitions; which of them are done; the raw gates' sums. In a low_memory plan the first two are a window's; the next a
    sequence's parts' first states, but the first part's, and two gradients, of the part at hand and of the one before. */
 typedef struct fqla__cuda_backward_layout {
-    size_t chunks, states, gradients, transitions, gate_sums, bytes; /* where they start; all of it */
+    size_t chunks, states, gradients, transitions, progress, gate_sums, bytes; /* where they start; all of it */
 } fqla__cuda_backward_layout;
 
 static fqla__cuda_backward_layout fqla__cuda_backward_workspace(const fqla_plan *plan) {
@@ -36,7 +41,8 @@ static fqla__cuda_backward_layout fqla__cuda_backward_workspace(const fqla_plan 
     layout.states = layout.chunks + entries * sizeof(fqla__chunk_states);
     layout.gradients = layout.states + states * sizeof(fqla__kept_state);
     layout.transitions = layout.gradients + gradients * sizeof(fqla__kept_state);
-    layout.gate_sums = layout.transitions + transitions * sizeof(fqla__kept_transition);
+    layout.progress = layout.transitions + transitions * sizeof(fqla__kept_transition);
+    layout.gate_sums = layout.progress + (size_t)fqla__round_up((int64_t)(fqla__backward_counts(plan) * sizeof(int32_t)), FQLA__ALIGNMENT);
     layout.bytes = layout.gate_sums + (d->gate == FQLA_GATE_RAW ? all * 2 * sizeof(float) : 0);
     return layout;
 }
@@ -66,6 +72,7 @@ static void fqla__cuda_backward_params(const fqla__run *run, const fqla_backward
     p->dht = args->dht, p->dh0 = args->dh0;
     p->dA_log = args->dA_log, p->ddt_bias = args->ddt_bias;
     p->chunks = (fqla__chunk_states *)((char *)run->workspace + layout.chunks);
+    p->progress = (int32_t *)(void *)((char *)run->workspace + layout.progress);
     p->gate_sums = (float *)(void *)((char *)run->workspace + layout.gate_sums);
     p->k_token = d->strides.k.token, p->k_head = d->strides.k.head;
     p->v_token = d->strides.v.token, p->v_head = d->strides.v.head;
@@ -80,6 +87,7 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
     const int64_t heads = plan->desc.heads_v, kept = fqla__cuda_backward_kept(plan), sm_count = plan->context->summary.sm_count;
     const int64_t items = fqla__cuda_max_chunks(&plan->desc) * plan->desc.heads_qk;
     const int64_t quarters = fqla__cuda_backward_cut(plan) * heads * 8;
+    const int64_t blocks = fqla__cuda_backward_segments(plan) * heads * (kept > 0 ? 8 : 4);
     fqla_status status = FQLA_OK;
     if (kept > 0) {
         p->first_pass = 1;
@@ -87,13 +95,15 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
                                    dependent, &p->forward, stream);
         dependent = true;
         p->first_pass = 0;
+        p->overlaps = 1;
         if (status == FQLA_OK)
             status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_SCAN, quarters < sm_count ? quarters : sm_count,
                                        FQLA__SCAN_THREADS, true, &p->forward, stream);
     }
+    p->pace = kept == 0 && blocks <= sm_count ? (int32_t)(1000.0 * fqla__backward_costs.gradient) : 0;
     if (status == FQLA_OK)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_CHAINS_BF16,
-                                   fqla__cuda_backward_segments(plan) * heads * 4, FQLA__CHAINS_THREADS, dependent,
+                                   blocks, FQLA__CHAINS_THREADS, dependent,
                                    &p->forward, stream);
     if (status == FQLA_OK)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_GRADIENTS_BF16, items < sm_count ? items : sm_count,

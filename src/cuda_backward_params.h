@@ -27,7 +27,8 @@ enum {
    backward_chains      grid kept segments * heads_v * 2 halves of V * 3: the first pass          } where the plan may cut
    backward_scan        cut sequences * heads_v * 4 quarters of V * 2 directions; grid: as many,  } sequences
                         but no more than multiprocessors                                          }
-   backward_chains      grid segments * heads_v * 2 halves of V * 2: the reverse recurrences, then the passes over the states
+   backward_chains      grid segments * heads_v * 2 halves of V * 2: the reverse recurrences, then the passes over the states;
+                        twice that after a first pass, which it overlaps
    backward_gradients   grid multiprocessors, or chunks * heads_qk where those are fewer
    backward_sums        grid heads_v; with the raw gates alone
    In a low_memory plan a table describes a window of sequences or a part of one, and these run window by window
@@ -48,9 +49,13 @@ typedef struct fqla__backward_params {
     float unit, per_unit, power;  /* scale = unit * power, a power of two; 1 <= |unit| < 2; per_unit = 1 / unit */
     int32_t first_pass;           /* kernel backward_chains: the first pass over cut sequences */
     int32_t carried;              /* of h0, dht, dh0 those that one part of a sequence hands to another: FQLA__CARRIED_... */
-    float padding;
+    int32_t overlaps;             /* after a first pass: the main pass and backward_gradients begin with what is there */
     void *carry;                  /* kernel backward_chains: the passes over the states alone, whose last states go here; else NULL */
-    float rest[6];                /* to the size that the kernels take: a multiple of a map's alignment */
+    int32_t *progress;            /* items of backward_gradients that have been taken beside each block's first; where passes overlap then
+                                     [heads_qk], is one of its v-heads exact anywhere? and [chunks][heads_qk], at a segment's first
+                                     chunk, blocks of backward_chains that have ended there */
+    int32_t pace;                 /* kernel backward_chains: nanoseconds that a pass over the states takes a chunk at least; 0: no matter */
+    float rest[3];                /* to the size that the kernels take: a multiple of a map's alignment */
 } fqla__backward_params;
 
 #ifdef __CUDACC__

@@ -39,10 +39,11 @@ static int32_t fqla__chunks_of(const fqla__lengths *lengths, int32_t n) {
     return (int32_t)fqla__ceil_div(lengths->cu_seqlens[n + 1] - lengths->cu_seqlens[n], FLASHQLA_CHUNK);
 }
 
-/* When the last of `servers` is done if every block goes to the first that is free: a heap of the times at which they are. */
-static void fqla__serve(double *heap, int32_t servers, double cost) {
+/* Every block goes to the first of `servers` that is free, a heap of the times at which they are, and there begins, but not before `from`;
+   returns when it is done. */
+static double fqla__serve(double *heap, int32_t servers, double from, double cost) {
     int32_t i = 0;
-    double time = heap[0] + cost;
+    const double time = (heap[0] > from ? heap[0] : from) + cost;
     for (;;) {
         int32_t child = 2 * i + 1;
         if (child >= servers) break;
@@ -52,6 +53,7 @@ static void fqla__serve(double *heap, int32_t servers, double cost) {
         i = child;
     }
     heap[i] = time;
+    return time;
 }
 
 /* The model's time of a forward over these lengths. segment_chunks 0: uncut. -1 where that cut has more segments than the schedule allows. */
@@ -88,7 +90,7 @@ static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule,
                 total += time * copies;
                 if (time > longest) longest = time;
                 if (segments * copies <= FQLA__SIMULATED_BLOCKS)
-                    for (i = 0; i < copies; i++) fqla__serve(heap, servers, time);
+                    for (i = 0; i < copies; i++) (void)fqla__serve(heap, servers, 0.0, time);
             }
         }
     if (segments * copies <= FQLA__SIMULATED_BLOCKS) {

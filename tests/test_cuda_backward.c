@@ -109,7 +109,7 @@ static enum greatest_test_res backward_launched(const fqla_plan *plan, int first
          FQLA__PREPARE_SHARED_BYTES},
         {"backward_chains_", extra > 0, 1, kept * heads * 6, FQLA__CHAINS_THREADS, FQLA__CHAINS_SHARED_BYTES},
         {"backward_scan", extra > 0, 0, quarters < sm_count ? quarters : sm_count, FQLA__SCAN_THREADS, FQLA__SCAN_SHARED_BYTES},
-        {"backward_chains_", 1, 0, segments * heads * 4, FQLA__CHAINS_THREADS, FQLA__CHAINS_SHARED_BYTES},
+        {"backward_chains_", 1, 0, segments * heads * (extra > 0 ? 8 : 4), FQLA__CHAINS_THREADS, FQLA__CHAINS_SHARED_BYTES},
         {"backward_gradients_", 1, 0, items < sm_count ? items : sm_count, FQLA__GRADIENTS_THREADS, FQLA__GRADIENTS_SHARED_BYTES},
         {"backward_sums", raw, 0, heads, FQLA__SUMS_THREADS, 0},
     };
@@ -137,6 +137,10 @@ static enum greatest_test_res backward_launched(const fqla_plan *plan, int first
         own = parameters_of(at);
         ASSERT_EQm(name, kernels[k].first_pass, own.first_pass);
         own.first_pass = last.first_pass;
+        ASSERT_EQm(name, extra > 0 && k >= 2, own.overlaps); /* from backward_scan on */
+        own.overlaps = last.overlaps;
+        ASSERT_EQm(name, extra == 0 && k >= 3 && kernels[3].blocks <= sm_count, own.pace > 0); /* from the main pass on */
+        own.pace = last.pace;
         ASSERT_MEM_EQm(name, &last, &own, sizeof own);
         at++;
     }

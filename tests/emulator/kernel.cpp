@@ -6,6 +6,7 @@
 #include "ptx/grid.h"
 #include "ptx/instructions.h"
 #include "ptx/mma.h"
+#include "ptx/progress.h"
 #include "ptx/tma.h"
 #include "ptx/wgmma.h"
 

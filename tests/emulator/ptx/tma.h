@@ -16,6 +16,7 @@ static inline void tma_store(const void *map, int32_t column, int32_t row, int32
 static inline void bulk_store(void *to, const void *from, uint32_t bytes) { emulator_store_bytes(to, from, bytes); }
 static inline void bulk_commit(void) { emulator_commit_stores(); }
 template <int pending> static inline void bulk_store_wait(void) { emulator_wait_stores(pending); }
+static inline void bulk_store_landed(void) { emulator_wait_stores(0); }
 static inline void fence_proxy_async(void) {}
 
 #endif

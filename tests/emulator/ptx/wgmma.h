@@ -39,7 +39,7 @@ template <int a_transposed> static inline void wgmma_64x32_shared(float (&d)[16]
     wgmma_emulated(32, true, d, NULL, a_transposed != 0, a, false, b);
 }
 static inline void wgmma_64x64_transposed(float (&d)[32], const uint32_t *a, uint64_t b) { wgmma_emulated(64, true, d, a, false, 0, true, b); }
-static inline void wgmma_64x64_transposed_first(float (&d)[32], const uint32_t *a, uint64_t b) {
+static inline void wgmma_64x64_transposed_again(float (&d)[32], const uint32_t *a, uint64_t b) {
     wgmma_emulated(64, false, d, a, false, 0, true, b);
 }
 static inline void wgmma_64x128_shared(float (&d)[64], uint64_t a, uint64_t b) { wgmma_emulated(128, true, d, NULL, false, a, true, b); }
