@@ -17,7 +17,8 @@
    relative error of dh0 would be that of one rounding, 1.7e-3).
 
    Roles, a warpgroup each:
-       state     S^T or dS^T in registers                                        backward_chain_state.h       240 registers
+       state     S^T or dS^T in registers                                        backward_chain_forwards.h,   240 registers
+                                                                                 backward_chain_backwards.h
        scores    backwards P; zeros past a sequence's end                        backward_chain_scores.h      128 registers
        copies    have the copy engine bring a chunk and take the results away;   backward_chain_copies.h       56 registers
                  backwards T from its blocks to a tile
@@ -37,9 +38,10 @@
    8 T 6.7 S0 16 Vn 8 forwards, q k 32 do 8 T 6.7 dS1 16 dv 8 backwards, KB.
 
    Shared memory: backward_chain_shared.h. */
+#include "backward_chain_backwards.h"
 #include "backward_chain_copies.h"
+#include "backward_chain_forwards.h"
 #include "backward_chain_scores.h"
-#include "backward_chain_state.h"
 #include "grid.h"
 
 enum { STATE_REGISTERS = 240, SCORES_REGISTERS = 128, COPIES_REGISTERS = 56, START_REGISTERS = 168 };
