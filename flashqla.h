@@ -4477,21 +4477,25 @@ static fqla_status fqla__cuda_synchronize(fqla_context *context, fqla_stream str
 // >>cuda_schedule: how a forward is spread over the GPU: V over one block or two, sequences cut into segments or not
 //
 // V's split, the grids and the workspace follow from the plan's maxima alone; where sequences are cut follows from their lengths too,
-// so that an update chooses anew. Both minimise a model of the time, whose constants were fitted to measurements (ptx/LADDER.md).
-// What the model cannot know is assumed: a quarter of the heads is exact (ptx/segment.h), the others warm up over six chunks; where
-// segments are shorter than that, all heads are exact.
+// so that an update chooses anew. Both minimise a model of the time,
+// whose constants were fitted to 820 times of 42 layouts (tools/results/h200_plans.txt), of each of which it picks the best where V's
+// split is right for the lengths, also with all constants 2 % off. What the model cannot know is assumed: a quarter of the heads is
+// exact (ptx/segment.h), the others warm up over six chunks; where segments are shorter than that, all heads are exact.
 
-/* Microseconds on one multiprocessor of a Hopper GPU. Those of states and scan are of earlier, slower kernels: with 1.1 for a segment, as it
-   is now, the model cuts 16/48 2x16384, which takes a tenth longer than whole. */
+/* Microseconds on one multiprocessor of a Hopper GPU. */
+typedef struct fqla__walk_costs {
+    double chunk;    /* of a v-head */
+    double warm_up;  /* of one, the state alone */
+    double block;    /* a segment's place, first loads, the state in and out */
+} fqla__walk_costs;
+
 static const struct {
-    double prepare;              /* a chunk of a v-head, kernel prepare */
-    double whole, half;          /* a chunk of a v-head, forward and forward_half */
-    double warm_up;              /* the state alone, in either */
-    double state;                /* a chunk of half a state or transition, kernel states, two of them on a multiprocessor */
-    double scan;                 /* a segment, kernel scan */
-    double start, cut;           /* launches: of prepare and forward, of states and scan */
-    double block;                /* of forward: its segment's place, first loads, the state in and out */
-} fqla__costs = {0.46, 2.02, 1.2, 1.18, 1.26, 1.66, 0.9, 4.6, 8.2};
+    double prepare;               /* a chunk of a v-head, kernel prepare */
+    fqla__walk_costs whole, half; /* forward and forward_half */
+    double state;                 /* a chunk of half a state or transition, kernel states, two of them on a multiprocessor */
+    double scan;                  /* a segment, kernel scan */
+    double start, ready, cut;     /* launches: of prepare and forward; of states and scan; what they take where sequences are cut */
+} fqla__costs = {0.6, {2.0, 2.2, 6.1}, {1.35, 1.02, 3.2}, 1.15, 1.3, 0.74, 3.44, 1.5};
 
 enum {
     FQLA__WARM_UP_CHUNKS = 6,    /* assumed */
@@ -4540,7 +4544,7 @@ static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule,
     const int32_t copies = d->heads_v * schedule->v_split;
     const int32_t warm_up = segment_chunks >= FQLA__WARM_UP_CHUNKS ? FQLA__WARM_UP_CHUNKS : 0;
     const int32_t exact = segment_chunks >= FQLA__WARM_UP_CHUNKS ? d->heads_v / FQLA__EXACT_HEADS : d->heads_v;
-    const double cost = schedule->v_split == 2 ? fqla__costs.half : fqla__costs.whole;
+    const fqla__walk_costs cost = schedule->v_split == 2 ? fqla__costs.half : fqla__costs.whole;
     double heap[MOST_SERVERS], total = 0.0, longest = 0.0, end = 0.0, first_pass = 0.0;
     int64_t chunks = 0, segments = 0, first_pass_blocks = 0, most = 0;
     int32_t n, i, pass;
@@ -4562,7 +4566,7 @@ static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule,
             if (cut != (pass == 0)) continue;
             for (first = 0; first < length; first += cut ? segment_chunks : length) {
                 const int64_t own = cut && length - first > segment_chunks ? segment_chunks : length - first;
-                const double time = (double)own * cost + (first > 0 ? warm_up * fqla__costs.warm_up : 0.0) + fqla__costs.block;
+                const double time = (double)own * cost.chunk + (first > 0 ? warm_up * cost.warm_up : 0.0) + cost.block;
                 total += time * copies;
                 if (time > longest) longest = time;
                 if (segments * copies <= FQLA__SIMULATED_BLOCKS)
@@ -4577,7 +4581,8 @@ static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule,
     }
     if (first_pass_blocks > 0)
         first_pass = (double)fqla__ceil_div(first_pass_blocks, 2 * servers) * segment_chunks * fqla__costs.state + (double)most * fqla__costs.scan;
-    return fqla__costs.start + (schedule->extra_segments > 0 ? fqla__costs.cut : 0.0) +
+    if (most > 1) first_pass += fqla__costs.cut;
+    return fqla__costs.start + (schedule->extra_segments > 0 ? fqla__costs.ready : 0.0) +
            (double)chunks * d->heads_v * fqla__costs.prepare / servers + first_pass + end;
 }
 
@@ -4640,7 +4645,7 @@ static void fqla__choose_schedule(fqla_plan *plan, fqla__schedule *schedule) {
             fqla__choose_cut(plan, &one, &lengths, fqla__model);
             if (!may_cut && d->segment_chunks == 0 &&
                 (one.microseconds > (double)FQLA__SHORT_MICROSECONDS ||
-                 (double)most_chunks * (split == 2 ? fqla__costs.half : fqla__costs.whole) > (double)FQLA__LONG_MICROSECONDS))
+                 (double)most_chunks * (split == 2 ? fqla__costs.half : fqla__costs.whole).chunk > (double)FQLA__LONG_MICROSECONDS))
                 continue;
             if (best.v_split == 0 || one.microseconds < best.microseconds) best = one;
         }
