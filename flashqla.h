@@ -4477,10 +4477,10 @@ static fqla_status fqla__cuda_synchronize(fqla_context *context, fqla_stream str
 // >>cuda_schedule: how a forward is spread over the GPU: V over one block or two, sequences cut into segments or not
 //
 // V's split, the grids and the workspace follow from the plan's maxima alone; where sequences are cut follows from their lengths too,
-// so that an update chooses anew. Both minimise a model of the time,
-// whose constants were fitted to 820 times of 42 layouts (tools/results/h200_plans.txt), of each of which it picks the best where V's
-// split is right for the lengths, also with all constants 2 % off. What the model cannot know is assumed: a quarter of the heads is
-// exact (ptx/segment.h), the others warm up over six chunks; where segments are shorter than that, all heads are exact.
+// so that an update chooses anew. Both minimise a model of the time, whose constants were fitted to 820 times of 42 layouts
+// (tools/results/h200_plans.txt), of each of which it picks the best where V's split is right for the lengths, also with all constants
+// 2 % off. What the model cannot know is assumed: a quarter of the heads is exact (ptx/segment.h), the others warm up over six chunks;
+// where segments are shorter than that, all heads are exact.
 
 /* Microseconds on one multiprocessor of a Hopper GPU. */
 typedef struct fqla__walk_costs {
