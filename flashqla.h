@@ -4503,7 +4503,8 @@ enum {
     FQLA__LEAST_SEGMENT = 4,     /* chunks of a segment */
     FQLA__SHORT_MICROSECONDS = 120, /* of a forward whose plan need not be ready to cut: as equal sequences, */
     FQLA__LONG_MICROSECONDS = 960,  /* and as a single one, uncut */
-    FQLA__SIMULATED_BLOCKS = 4096 /* with more the blocks are taken to be spread evenly */
+    FQLA__SIMULATED_BLOCKS = 4096, /* with more the blocks are taken to be spread evenly */
+    FQLA__MOST_SERVERS = 512
 };
 
 static int64_t fqla__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -4517,6 +4518,12 @@ typedef struct fqla__lengths {
 static int32_t fqla__chunks_of(const fqla__lengths *lengths, int32_t n) {
     if (lengths->cu_seqlens == NULL) return lengths->each;
     return (int32_t)fqla__ceil_div(lengths->cu_seqlens[n + 1] - lengths->cu_seqlens[n], FLASHQLA_CHUNK);
+}
+
+/* Multiprocessors, as far as a model knows them. */
+static int32_t fqla__servers(const fqla_plan *plan) {
+    const int32_t sm_count = plan->context->summary.sm_count;
+    return sm_count > 0 && sm_count < FQLA__MOST_SERVERS ? sm_count : FQLA__MOST_SERVERS;
 }
 
 /* Every block goes to the first of `servers` that is free, a heap of the times at which they are, and there begins, but not before `from`;
@@ -4538,14 +4545,12 @@ static double fqla__serve(double *heap, int32_t servers, double from, double cos
 
 /* The model's time of a forward over these lengths. segment_chunks 0: uncut. -1 where that cut has more segments than the schedule allows. */
 static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule, const fqla__lengths *lengths, int32_t segment_chunks) {
-    enum { MOST_SERVERS = 512 };
     const fqla_plan_desc *d = &plan->desc;
-    const int32_t sm_count = plan->context->summary.sm_count, servers = sm_count > 0 && sm_count < MOST_SERVERS ? sm_count : MOST_SERVERS;
-    const int32_t copies = d->heads_v * schedule->v_split;
+    const int32_t servers = fqla__servers(plan), copies = d->heads_v * schedule->v_split;
     const int32_t warm_up = segment_chunks >= FQLA__WARM_UP_CHUNKS ? FQLA__WARM_UP_CHUNKS : 0;
     const int32_t exact = segment_chunks >= FQLA__WARM_UP_CHUNKS ? d->heads_v / FQLA__EXACT_HEADS : d->heads_v;
     const fqla__walk_costs cost = schedule->v_split == 2 ? fqla__costs.half : fqla__costs.whole;
-    double heap[MOST_SERVERS], total = 0.0, longest = 0.0, end = 0.0, first_pass = 0.0;
+    double heap[FQLA__MOST_SERVERS], total = 0.0, longest = 0.0, end = 0.0, first_pass = 0.0;
     int64_t chunks = 0, segments = 0, first_pass_blocks = 0, most = 0;
     int32_t n, i, pass;
     for (n = 0; n < lengths->count; n++) {
@@ -4656,8 +4661,8 @@ static void fqla__choose_schedule(fqla_plan *plan, fqla__schedule *schedule) {
 // As for a forward (cuda_schedule.h), by a model of the time: of kernel backward_chains, in which a v-head has four blocks a
 // segment, one a multiprocessor; where sequences are cut of the first pass and the scan, beside which the main pass begins and
 // after which its exact chains do; and of backward_gradients, which follows. Its constants were fitted to the times of eight layouts
-// with 2 to 16 v-heads and 2048 to 32768 tokens, each with 6 to 10 cuts, on one H200: the cut that it picks is at most 3 % slower than the
-// best of a layout's, 1.1 % in the mean.
+// with 2 to 16 v-heads and 2048 to 32768 tokens, each with 6 to 10 cuts, on one H200: of these cuts the one that it picks is at most
+// 1.7 % slower than the best of a layout's, 0.5 % in the mean.
 
 /* Microseconds on one multiprocessor of a Hopper GPU. */
 static const struct {
@@ -4670,8 +4675,6 @@ static const struct {
     double block;            /* of backward_chains: its segment's place, first loads, the state in and out */
     double whole;            /* what of all this it takes where nothing is cut: 0.87 to 1 with 16 to 64 v-heads */
 } fqla__backward_costs = {1.45, 1.1, 1.8, 0.8, 0.8, 6.9, 5.6, 2.0, 6.5, 4.0, 0.9};
-
-enum { FQLA__BACKWARD_SERVERS = 512 };
 
 /* Blocks of one kind of all sequences. */
 typedef struct fqla__chain_blocks {
@@ -4713,15 +4716,15 @@ static double fqla__cut_backward_model(const fqla_plan_desc *d, int32_t servers,
     const int32_t warm_up_chunks = warms_up ? FQLA__WARM_UP_CHUNKS : 0;
     const double late = exact < d->heads_qk ? (double)exact / d->heads_qk : 1.0;
     const double gradient = fqla__backward_costs.gradient, state = fqla__backward_costs.state, first_state = fqla__backward_costs.first_state;
-    double heap[FQLA__BACKWARD_SERVERS], scanned = 0.0, ready, last, total = rest, waits;
+    double heap[FQLA__MOST_SERVERS], scanned = 0.0, ready, last, total = rest, waits;
     int32_t i;
     fqla__chain_blocks first[] = {{gradient, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
                                   {first_state, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
                                   {first_state, 0, 2 * exact, 1, 0, 0.0, 0.0, 0.0}}; /* transitions */
     fqla__chain_blocks chains[] = {{gradient, 2 * d->heads_v, 2 * warm, 0, warm_up_chunks, 0.0, 0.0, 0.0},
-                                 {fqla__backward_costs.exact, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
-                                 {state, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
-                                 {state, 2 * d->heads_v, 2 * warm, 0, warm_up_chunks, 0.0, 0.0, 0.0}};
+                                   {fqla__backward_costs.exact, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
+                                   {state, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
+                                   {state, 2 * d->heads_v, 2 * warm, 0, warm_up_chunks, 0.0, 0.0, 0.0}};
     for (i = 0; i < servers; i++) heap[i] = 0.0;
     for (i = 0; i < 3; i++) {
         fqla__serve_chains(heap, servers, lengths, segment_chunks, &first[i]);
@@ -4742,8 +4745,7 @@ static double fqla__cut_backward_model(const fqla_plan_desc *d, int32_t servers,
 static double fqla__backward_model(const fqla_plan *plan, const fqla__schedule *schedule, const fqla__lengths *lengths,
                                    int32_t segment_chunks) {
     const fqla_plan_desc *d = &plan->desc;
-    const int32_t sm_count = plan->context->summary.sm_count;
-    const int32_t servers = sm_count > 0 && sm_count < FQLA__BACKWARD_SERVERS ? sm_count : FQLA__BACKWARD_SERVERS;
+    const int32_t servers = fqla__servers(plan);
     double rest, total = 0.0, longest = 0.0;
     int64_t chunks = 0, segments = 0, most = 0;
     int32_t n;
@@ -4764,7 +4766,7 @@ static double fqla__backward_model(const fqla_plan *plan, const fqla__schedule *
         return fqla__backward_costs.start + (total + rest) / servers + longest * 0.5;
     if (most <= 1) {
         fqla__chain_blocks gradients = {fqla__backward_costs.gradient, 2 * d->heads_v, 0, 0, 0, 0.0, 0.0, 0.0}, states = gradients;
-        double heap[FQLA__BACKWARD_SERVERS];
+        double heap[FQLA__MOST_SERVERS];
         int32_t i;
         for (i = 0; i < servers; i++) heap[i] = 0.0;
         states.chunk = fqla__backward_costs.state;
@@ -5314,14 +5316,15 @@ static int64_t fqla__cuda_backward_kept(const fqla_plan *plan) {
     return plan->cuda.backward.extra_segments + fqla__cuda_backward_cut(plan);
 }
 
-/* Of fqla__backward_params.progress. */
+/* How many counts fqla__backward_params.progress has. */
 static size_t fqla__backward_counts(const fqla_plan *plan) {
     return 1 + ((size_t)fqla__cuda_max_chunks(&plan->desc) + 1) * (size_t)plan->desc.heads_qk;
 }
 
 /* The workspace: what kernel prepare makes where a forward has left no residuals, but in a plan that needs them; the chunks' states;
-   what segments start from, forwards and backwards, and their transitions; which of them are done; the raw gates' sums. In a low_memory plan the first two are a window's; the next a
-   sequence's parts' first states, but the first part's, and two gradients, of the part at hand and of the one before. */
+   what segments start from, forwards and backwards, and their transitions; what kernels that run beside each other tell one another;
+   the raw gates' sums. In a low_memory plan the first two are a window's; the next a sequence's parts' first states, but the first
+   part's, and two gradients, of the part at hand and of the one before. */
 typedef struct fqla__cuda_backward_layout {
     size_t chunks, states, gradients, transitions, progress, gate_sums, bytes; /* where they start; all of it */
 } fqla__cuda_backward_layout;
@@ -5403,8 +5406,7 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
     }
     p->pace = kept == 0 && blocks <= sm_count ? (int32_t)(1000.0 * fqla__backward_costs.gradient) : 0;
     if (status == FQLA_OK)
-        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_CHAINS_BF16,
-                                   blocks, FQLA__CHAINS_THREADS, dependent,
+        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_CHAINS_BF16, blocks, FQLA__CHAINS_THREADS, dependent,
                                    &p->forward, stream);
     if (status == FQLA_OK)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_GRADIENTS_BF16, items < sm_count ? items : sm_count,

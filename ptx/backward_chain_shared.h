@@ -45,8 +45,8 @@ typedef struct __align__(1024) ChainShared {
     OutSlot out[RINGS];        /*                                           48 KB */
     Chain chain;
     int32_t idle;              /* nothing to do */
-    uint64_t full[SLOTS];      /* copy engine, or for the chunk that is not whole scores -> scores, state */
-    uint64_t free[SLOTS];      /* state -> copies, scores: the chunk is used */
+    uint64_t full[SLOTS];      /* copy engine, or for the chunk that is not whole scores -> scores, copies, state */
+    uint64_t free[SLOTS];      /* state -> copies, scores: the chunk is used, and P and T of it */
     uint64_t pt_full[RINGS];   /* scores, copies -> state: P and T are there, and a place for what leaves */
     uint64_t out_full[RINGS];  /* state -> copies */
     uint64_t out_free[RINGS];  /* copies -> state: the copy engine has read it */

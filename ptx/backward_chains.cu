@@ -108,7 +108,7 @@ extern "C" __global__ void __launch_bounds__(FQLA__CHAINS_THREADS, 1)
         if (thread == 0) {
             s.chain = chain;
             s.idle = !found;
-            if (p.overlaps && found && chain.from == FROM_KEPT) set_count(is_exact(p, chain.segment.head_qk), 1);
+            if (p.overlaps && found && chain.from == FROM_KEPT) set_count(exact_flag(p, chain.segment.head_qk), 1);
         }
     }
     if (thread >= WARP) clear_progress(p, thread - WARP);

@@ -31,7 +31,7 @@ template <int number, int threads> static __device__ __forceinline__ void meet(v
 
 /* Where fqla__backward_params.progress has what. */
 static __device__ __forceinline__ int32_t *taken_items(const fqla__backward_params &p) { return p.progress; }
-static __device__ __forceinline__ int32_t *is_exact(const fqla__backward_params &p, int head_qk) { return p.progress + 1 + head_qk; }
+static __device__ __forceinline__ int32_t *exact_flag(const fqla__backward_params &p, int head_qk) { return p.progress + 1 + head_qk; }
 static __device__ __forceinline__ int32_t *ended_chains(const fqla__backward_params &p, int64_t first_chunk, int head_qk) {
     return p.progress + 1 + (first_chunk + 1) * p.forward.heads_qk + head_qk;
 }

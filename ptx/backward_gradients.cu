@@ -1,7 +1,8 @@
 /* All of the backward that needs no other chunk: dq, dk, dg, dbeta of a chunk, after kernel backward_chains has left its S0, dS1,
    Vn and dV (dW in what follows). An item is a chunk of a q/k head: a block takes the v-heads that read it one after the other, a
    step each, then the next item that no block has taken. There are as many blocks as multiprocessors, so that the next item's loads are
-   under way while this one's results leave.
+   under way while this one's results leave. Where the main pass overlaps the first, so do these blocks the end of it: the q/k heads
+   whose chains wait for nothing come first, and an item's loads wait for its chains (progress.h).
 
    The maths: backward_rows.h and backward_scores.h. Per v-head, 1U = a 64 x 128 x 128 product = 512 tensor cycles:
 

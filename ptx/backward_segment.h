@@ -43,10 +43,14 @@ static __device__ __forceinline__ int chunk_of(const Chain &c, int number) {
 
 /* What block `block` does; false: nothing. By a whole warp, which waits for the kernels before once it needs them.
 
-   The blocks in sections, those that take longest first: the first pass has gradients, states, transitions; the main pass gradients,
-   states; where it overlaps the first it has gradients from zero or from dht, from what was kept, states from what was kept, from zero or
-   from h0. Those from what was kept hold their multiprocessors while they wait, so that they begin as soon as they can: the whole waits
-   for them. */
+   The blocks in sections, those that take longest first:
+
+       first pass           gradients | states | transitions
+       main pass            gradients | states
+       beside the first     gradients from zero or dht | from what was kept | states from what was kept | from zero or h0
+
+   Those from what was kept hold their multiprocessors while they wait for the scan, so that they begin as soon as they can: the whole
+   waits for them. */
 static __device__ __forceinline__ bool find_chain(const fqla__backward_params &p, uint32_t block, uint32_t blocks, int lane,
                                                   Chain *c) {
     const fqla__forward_params &f = p.forward;

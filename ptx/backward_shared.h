@@ -25,7 +25,7 @@ enum { PLACES = 8, SUMS = 3 };
 static __device__ __forceinline__ int ranked_head(const fqla__backward_params &p, int rank, int lane) {
     for (int late = 0; late < 2; late++)
         for (int first = 0; first < p.forward.heads_qk; first += WARP) {
-            const bool is = first + lane < p.forward.heads_qk && load_count(is_exact(p, first + lane)) == late;
+            const bool is = first + lane < p.forward.heads_qk && load_count(exact_flag(p, first + lane)) == late;
             uint32_t those = __ballot_sync(0xffffffffu, is);
             for (; those != 0; those &= those - 1, rank--)
                 if (rank == 0) return first + __ffs((int)those) - 1;

@@ -13,14 +13,15 @@ static int64_t fqla__cuda_backward_kept(const fqla_plan *plan) {
     return plan->cuda.backward.extra_segments + fqla__cuda_backward_cut(plan);
 }
 
-/* Of fqla__backward_params.progress. */
+/* How many counts fqla__backward_params.progress has. */
 static size_t fqla__backward_counts(const fqla_plan *plan) {
     return 1 + ((size_t)fqla__cuda_max_chunks(&plan->desc) + 1) * (size_t)plan->desc.heads_qk;
 }
 
 /* The workspace: what kernel prepare makes where a forward has left no residuals, but in a plan that needs them; the chunks' states;
-   what segments start from, forwards and backwards, and their transitions; which of them are done; the raw gates' sums. In a low_memory plan the first two are a window's; the next a
-   sequence's parts' first states, but the first part's, and two gradients, of the part at hand and of the one before. */
+   what segments start from, forwards and backwards, and their transitions; what kernels that run beside each other tell one another;
+   the raw gates' sums. In a low_memory plan the first two are a window's; the next a sequence's parts' first states, but the first
+   part's, and two gradients, of the part at hand and of the one before. */
 typedef struct fqla__cuda_backward_layout {
     size_t chunks, states, gradients, transitions, progress, gate_sums, bytes; /* where they start; all of it */
 } fqla__cuda_backward_layout;
@@ -102,8 +103,7 @@ static fqla_status fqla__cuda_backward_whole(const fqla_plan *plan, const char *
     }
     p->pace = kept == 0 && blocks <= sm_count ? (int32_t)(1000.0 * fqla__backward_costs.gradient) : 0;
     if (status == FQLA_OK)
-        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_CHAINS_BF16,
-                                   blocks, FQLA__CHAINS_THREADS, dependent,
+        status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_CHAINS_BF16, blocks, FQLA__CHAINS_THREADS, dependent,
                                    &p->forward, stream);
     if (status == FQLA_OK)
         status = fqla__cuda_launch(plan, function, FQLA__KERNEL_BACKWARD_GRADIENTS_BF16, items < sm_count ? items : sm_count,

@@ -3,8 +3,8 @@
 // As for a forward (cuda_schedule.h), by a model of the time: of kernel backward_chains, in which a v-head has four blocks a
 // segment, one a multiprocessor; where sequences are cut of the first pass and the scan, beside which the main pass begins and
 // after which its exact chains do; and of backward_gradients, which follows. Its constants were fitted to the times of eight layouts
-// with 2 to 16 v-heads and 2048 to 32768 tokens, each with 6 to 10 cuts, on one H200: the cut that it picks is at most 3 % slower than the
-// best of a layout's, 1.1 % in the mean.
+// with 2 to 16 v-heads and 2048 to 32768 tokens, each with 6 to 10 cuts, on one H200: of these cuts the one that it picks is at most
+// 1.7 % slower than the best of a layout's, 0.5 % in the mean.
 
 /* Microseconds on one multiprocessor of a Hopper GPU. */
 static const struct {
@@ -17,8 +17,6 @@ static const struct {
     double block;            /* of backward_chains: its segment's place, first loads, the state in and out */
     double whole;            /* what of all this it takes where nothing is cut: 0.87 to 1 with 16 to 64 v-heads */
 } fqla__backward_costs = {1.45, 1.1, 1.8, 0.8, 0.8, 6.9, 5.6, 2.0, 6.5, 4.0, 0.9};
-
-enum { FQLA__BACKWARD_SERVERS = 512 };
 
 /* Blocks of one kind of all sequences. */
 typedef struct fqla__chain_blocks {
@@ -60,15 +58,15 @@ static double fqla__cut_backward_model(const fqla_plan_desc *d, int32_t servers,
     const int32_t warm_up_chunks = warms_up ? FQLA__WARM_UP_CHUNKS : 0;
     const double late = exact < d->heads_qk ? (double)exact / d->heads_qk : 1.0;
     const double gradient = fqla__backward_costs.gradient, state = fqla__backward_costs.state, first_state = fqla__backward_costs.first_state;
-    double heap[FQLA__BACKWARD_SERVERS], scanned = 0.0, ready, last, total = rest, waits;
+    double heap[FQLA__MOST_SERVERS], scanned = 0.0, ready, last, total = rest, waits;
     int32_t i;
     fqla__chain_blocks first[] = {{gradient, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
                                   {first_state, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
                                   {first_state, 0, 2 * exact, 1, 0, 0.0, 0.0, 0.0}}; /* transitions */
     fqla__chain_blocks chains[] = {{gradient, 2 * d->heads_v, 2 * warm, 0, warm_up_chunks, 0.0, 0.0, 0.0},
-                                 {fqla__backward_costs.exact, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
-                                 {state, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
-                                 {state, 2 * d->heads_v, 2 * warm, 0, warm_up_chunks, 0.0, 0.0, 0.0}};
+                                   {fqla__backward_costs.exact, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
+                                   {state, 0, 2 * exact, 0, 0, 0.0, 0.0, 0.0},
+                                   {state, 2 * d->heads_v, 2 * warm, 0, warm_up_chunks, 0.0, 0.0, 0.0}};
     for (i = 0; i < servers; i++) heap[i] = 0.0;
     for (i = 0; i < 3; i++) {
         fqla__serve_chains(heap, servers, lengths, segment_chunks, &first[i]);
@@ -89,8 +87,7 @@ static double fqla__cut_backward_model(const fqla_plan_desc *d, int32_t servers,
 static double fqla__backward_model(const fqla_plan *plan, const fqla__schedule *schedule, const fqla__lengths *lengths,
                                    int32_t segment_chunks) {
     const fqla_plan_desc *d = &plan->desc;
-    const int32_t sm_count = plan->context->summary.sm_count;
-    const int32_t servers = sm_count > 0 && sm_count < FQLA__BACKWARD_SERVERS ? sm_count : FQLA__BACKWARD_SERVERS;
+    const int32_t servers = fqla__servers(plan);
     double rest, total = 0.0, longest = 0.0;
     int64_t chunks = 0, segments = 0, most = 0;
     int32_t n;
@@ -111,7 +108,7 @@ static double fqla__backward_model(const fqla_plan *plan, const fqla__schedule *
         return fqla__backward_costs.start + (total + rest) / servers + longest * 0.5;
     if (most <= 1) {
         fqla__chain_blocks gradients = {fqla__backward_costs.gradient, 2 * d->heads_v, 0, 0, 0, 0.0, 0.0, 0.0}, states = gradients;
-        double heap[FQLA__BACKWARD_SERVERS];
+        double heap[FQLA__MOST_SERVERS];
         int32_t i;
         for (i = 0; i < servers; i++) heap[i] = 0.0;
         states.chunk = fqla__backward_costs.state;

@@ -27,7 +27,8 @@ enum {
     FQLA__LEAST_SEGMENT = 4,     /* chunks of a segment */
     FQLA__SHORT_MICROSECONDS = 120, /* of a forward whose plan need not be ready to cut: as equal sequences, */
     FQLA__LONG_MICROSECONDS = 960,  /* and as a single one, uncut */
-    FQLA__SIMULATED_BLOCKS = 4096 /* with more the blocks are taken to be spread evenly */
+    FQLA__SIMULATED_BLOCKS = 4096, /* with more the blocks are taken to be spread evenly */
+    FQLA__MOST_SERVERS = 512
 };
 
 static int64_t fqla__ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -41,6 +42,12 @@ typedef struct fqla__lengths {
 static int32_t fqla__chunks_of(const fqla__lengths *lengths, int32_t n) {
     if (lengths->cu_seqlens == NULL) return lengths->each;
     return (int32_t)fqla__ceil_div(lengths->cu_seqlens[n + 1] - lengths->cu_seqlens[n], FLASHQLA_CHUNK);
+}
+
+/* Multiprocessors, as far as a model knows them. */
+static int32_t fqla__servers(const fqla_plan *plan) {
+    const int32_t sm_count = plan->context->summary.sm_count;
+    return sm_count > 0 && sm_count < FQLA__MOST_SERVERS ? sm_count : FQLA__MOST_SERVERS;
 }
 
 /* Every block goes to the first of `servers` that is free, a heap of the times at which they are, and there begins, but not before `from`;
@@ -62,14 +69,12 @@ static double fqla__serve(double *heap, int32_t servers, double from, double cos
 
 /* The model's time of a forward over these lengths. segment_chunks 0: uncut. -1 where that cut has more segments than the schedule allows. */
 static double fqla__model(const fqla_plan *plan, const fqla__schedule *schedule, const fqla__lengths *lengths, int32_t segment_chunks) {
-    enum { MOST_SERVERS = 512 };
     const fqla_plan_desc *d = &plan->desc;
-    const int32_t sm_count = plan->context->summary.sm_count, servers = sm_count > 0 && sm_count < MOST_SERVERS ? sm_count : MOST_SERVERS;
-    const int32_t copies = d->heads_v * schedule->v_split;
+    const int32_t servers = fqla__servers(plan), copies = d->heads_v * schedule->v_split;
     const int32_t warm_up = segment_chunks >= FQLA__WARM_UP_CHUNKS ? FQLA__WARM_UP_CHUNKS : 0;
     const int32_t exact = segment_chunks >= FQLA__WARM_UP_CHUNKS ? d->heads_v / FQLA__EXACT_HEADS : d->heads_v;
     const fqla__walk_costs cost = schedule->v_split == 2 ? fqla__costs.half : fqla__costs.whole;
-    double heap[MOST_SERVERS], total = 0.0, longest = 0.0, end = 0.0, first_pass = 0.0;
+    double heap[FQLA__MOST_SERVERS], total = 0.0, longest = 0.0, end = 0.0, first_pass = 0.0;
     int64_t chunks = 0, segments = 0, first_pass_blocks = 0, most = 0;
     int32_t n, i, pass;
     for (n = 0; n < lengths->count; n++) {
